@@ -1,0 +1,1 @@
+"""Builders behind `models.shapes`: graphs, seeded weights and seeded inputs, without torch."""

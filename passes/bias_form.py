@@ -1,0 +1,72 @@
+"""MatMul(x, W) + b -> the form in which the runtime keeps the integer kernel.
+
+Two-dimensional x: Gemm(x, W, b), whose bias the integer kernel adds in int32. More dimensions: the bias is shaped
+[1, 1, N]; with the plain [N] the runtime makes a float Gemm of both, which dequantizes the weights at every run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import graph
+
+__all__ = ["BiasForm"]
+
+
+class BiasForm(ir.passes.InPlacePass):
+    """MatMul followed by the addition of a constant row.
+
+    Refused: products of two activations, unknown rank, a bias that is not one number per column, a MatMul whose result
+    is also read elsewhere.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        changed = False
+        for node in list(model.graph):
+            if graph.is_standard(node, "Add"):
+                changed |= _rewrite(model.graph, node)
+        return ir.passes.PassResult(model, changed)
+
+
+def _rewrite(main: ir.Graph, add: ir.Node) -> bool:
+    for position in (0, 1):
+        product, bias = add.inputs[position], add.inputs[1 - position]
+        matmul = graph.producer(product, "MatMul")
+        if matmul is not None and product is not None and graph.has_constant(bias) and bias is not None:
+            break
+    else:
+        return False
+    x, weight = matmul.inputs
+    if x is None or x.shape is None or not graph.has_constant(weight) or weight is None:
+        return False
+    shape, bias_shape = graph.run_shape(weight), graph.run_shape(bias)
+    if shape is None or len(shape) != 2 or bias_shape is None or bias_shape[-1:] != (shape[1],):
+        return False
+    if int(np.prod(bias_shape)) != shape[1] or len(product.consumers()) != 1 or product.is_graph_output():
+        return False
+    rank = len(x.shape)
+    if rank == 2 and len(bias_shape) == 1:
+        _to_gemm(main, matmul, add, x, weight, bias)
+        return True
+    if rank >= 3 and len(bias_shape) == 1:
+        # The row may be shared; each sum gets its own, of a few bytes.
+        tensor = ir.tensor(np.reshape(graph.constant(bias), (1, 1, -1)), name=f"{bias.name}_row")
+        row = ir.Value(name=tensor.name, const_value=tensor, type=bias.type, shape=ir.Shape(tensor.shape))
+        if row.name not in main.initializers:
+            main.register_initializer(row)
+        add.replace_input_with(1 - position, main.initializers[str(row.name)])
+        return True
+    return False
+
+
+def _to_gemm(main: ir.Graph, matmul: ir.Node, add: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value) -> None:
+    gemm = ir.Node("", "Gemm", [x, weight, bias], name=matmul.name, metadata_props=dict(matmul.metadata_props))
+    old = add.outputs[0]
+    new = gemm.outputs[0]
+    new.type, new.shape, new.name = old.type, old.shape, old.name
+    main.insert_before(add, gemm)
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name = None
+    main.remove([add, matmul], safe=True)

@@ -1,0 +1,133 @@
+"""Any valid graph -> the one spelling that later passes expect: functions inlined, constants as initializers.
+
+Composed of the libraries' passes. Weights may come as initializers, as Constant or as ConstantOfShape nodes; names are
+made unique; the opset is raised to what the target needs when the converter can.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer, version_converter
+
+from qgraph.errors import ModelError
+from qgraph.graph import all_graphs
+
+__all__ = ["Canonicalize"]
+
+_QUANTIZE_SINCE = 13
+_FILLERS = ("ConstantOfShape", "Expand", "Tile")
+_LARGE = 1 << 26
+
+
+class Canonicalize(ir.passes.InPlacePass):
+    """Functions inlined, opset raised, constants lifted and folded, dead nodes gone, every node and value named.
+
+    Args:
+        opset: the opset to reach. A model that cannot be converted keeps its own if that is at least 13.
+    """
+
+    def __init__(self, opset: int = 21):
+        super().__init__()
+        self.opset = opset
+
+    def requires(self, model: ir.Model) -> None:
+        """The model must use the default ONNX domain."""
+        if "" not in model.graph.opset_imports and "ai.onnx" not in model.graph.opset_imports:
+            raise ModelError("The model imports no opset of the default ONNX domain: nothing in it can be quantized.")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        common.InlinePass()(model)
+        if all(value.is_graph_input() for value in model.graph.initializers.values()):
+            # The habit of old exporters (an obligation before IR 4), which makes none of them a real input. Where
+            # only some are listed, these are defaults that a caller may override, and stay.
+            common.RemoveInitializersFromInputsPass()(model)
+        _convert(model, self.opset)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        # Overridable or not, an expansion of a few numbers to a weight is a weight.
+        optimizer.fold_constants(
+            model,
+            input_size_limit=1024,
+            output_size_limit=_LARGE,
+            should_fold=lambda node: None if _small_output(node) else False,
+        )
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.IdentityEliminationPass()(model)
+        common.RemoveUnusedNodesPass()(model)
+        common.TopologicalSortPass()(model)
+        _name_nodes(model)
+        common.NameFixPass()(model)
+        _infer(model)
+        return ir.passes.PassResult(model, True)
+
+
+def _small_output(node: ir.Node) -> bool:
+    """Whether folding `node` cannot blow a small graph up: fillers make weights, all else must stay small."""
+    if node.op_type in _FILLERS:
+        return True
+    shape = node.outputs[0].shape if node.outputs else None
+    return shape is None or not shape.is_static() or ir.Shape(shape).numpy() is None or _count(shape) <= 1 << 18
+
+
+def _count(shape: ir.Shape) -> int:
+    total = 1
+    for dim in shape.numpy():
+        total *= dim
+    return total
+
+
+def _convert(model: ir.Model, opset: int) -> None:
+    current = model.graph.opset_imports.get("", 0)
+    if current >= opset or current == 0:
+        return
+    graph = model.graph
+    metadata, doc, name = dict(graph.metadata_props), graph.doc_string, graph.name
+    inputs, outputs = [(v.name, v.type, v.shape) for v in graph.inputs], [v.name for v in graph.outputs]
+    logger = logging.getLogger("onnxscript.version_converter")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        version_converter.ConvertVersionPass(target_version=opset, fallback=True)(model)
+    except Exception as error:
+        if current < _QUANTIZE_SINCE:
+            raise ModelError(
+                f"The model has opset {current} and cannot be converted to {opset}: {str(error).splitlines()[0][:300]}"
+            ) from error
+    finally:
+        logger.setLevel(level)
+    graph = model.graph
+    graph.metadata_props.update(metadata)
+    graph.doc_string, graph.name = doc, name
+    for value, (label, kind, shape) in zip(graph.inputs, inputs, strict=True):
+        value.name, value.type, value.shape = label, kind, shape
+    if [v.name for v in graph.outputs] != outputs:
+        raise ModelError(f"Converting the model to opset {opset} changed its outputs; export it with a newer opset.")
+    if model.graph.opset_imports.get("", 0) < _QUANTIZE_SINCE:
+        raise ModelError(
+            f"The model has opset {current}; the converter cannot raise it to {opset} (an operator has no newer form). "
+            f"Export it with opset {_QUANTIZE_SINCE} or newer."
+        )
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """A name for every node: its first output's, which is unique; reports and audits rest on it."""
+    for graph in all_graphs(model.graph):
+        seen: set[str] = set()
+        for node in graph:
+            if not node.name or node.name in seen:
+                node.name = f"{node.outputs[0].name or 'value'}_{node.op_type}" if node.outputs else node.op_type
+            seen.add(node.name)
+
+
+def _infer(model: ir.Model) -> None:
+    """Fill in missing types and shapes; those of the caller are never replaced by weaker ones."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        common.ShapeInferencePass(data_prop=True)(model)
+    finally:
+        logger.setLevel(level)

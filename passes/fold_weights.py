@@ -1,0 +1,53 @@
+"""QuantizeLinear(W) of a constant -> the integer weight itself, computed when the file is written.
+
+A weight becomes a lazy tensor that maps its float original, quantizes it and lets go of it, one at a time; no float
+copy stays behind.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qgraph import graph
+from qgraph.errors import QuantizationError
+from qgraph.passes.insert_qdq import WEIGHT
+from qgraph.qparams import QParams, quantize
+
+__all__ = ["FoldWeights"]
+
+
+class FoldWeights(ir.passes.InPlacePass):
+    """Weights become integers; float weights without a reader are dropped."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        folded = [node for node in model.graph if WEIGHT in node.meta]
+        for node in folded:
+            _fold(model.graph, node)
+        common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, bool(folded))
+
+
+def _fold(main: ir.Graph, node: ir.Node) -> None:
+    weight, output = node.inputs[0], node.outputs[0]
+    params: QParams = node.meta[WEIGHT]
+    tensor = weight.const_value if weight is not None else None
+    if weight is None or tensor is None or output.name is None:
+        raise QuantizationError(f"The weight of {graph.label(node)} is not a constant.")
+    name = output.name
+
+    def evaluate(tensor: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
+        codes = quantize(tensor.numpy(), params)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+        return ir.tensor(codes, name=name)
+
+    lazy = ir.LazyTensor(evaluate, params.format.storage, ir.Shape(tensor.shape), name=name)
+    folded = ir.Value(
+        name=name, const_value=lazy, type=ir.TensorType(params.format.storage), shape=ir.Shape(tensor.shape)
+    )
+    output.name = None
+    output.replace_all_uses_with(folded)
+    main.remove(node, safe=True)
+    main.register_initializer(folded)

@@ -1,0 +1,46 @@
+"""Conv/ConvTranspose/Gemm + BatchNormalization -> one layer; Pad + Conv -> Conv; chains of Relu and Clip -> one.
+
+The rules are onnxscript's; a layer fused here is one integer kernel later.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.rewriter.rules import common as rules
+
+__all__ = ["FuseLayers"]
+
+_RULES = (
+    rules.dropout_inference_rule,
+    rules.dropout_zero_rule,
+    rules.fuse_batchnorm_into_conv_rule,
+    rules.fuse_batchnorm_into_conv_transpose_rule,
+    rules.fuse_batchnorm_into_gemm_rule,
+    rules.normalize_pad_format_conv_rule,
+    rules.fuse_pad_into_conv_rule,
+    rules.successive_relu_rule,
+    rules.successive_clip_rule,
+    rules.successive_clip_relu_rule,
+    rules.successive_relu_clip_rule,
+    rules.no_op_transpose_rule,
+    rules.transpose_transpose_rule,
+)
+
+
+class FuseLayers(ir.passes.InPlacePass):
+    """Linear layers and their affine neighbours become one layer each.
+
+    Refused, by the rules: weights shared by several layers, outputs that are also read elsewhere, parameters computed
+    at run time.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        before = len(model.graph)
+        rewriter.RewritePass(rewriter.RewriteRuleSet(_RULES))(model)
+        # The rules leave the old weights behind.
+        common.RemoveUnusedNodesPass()(model)
+        common.NameFixPass()(model)
+        return ir.passes.PassResult(model, len(model.graph) != before)

@@ -1,0 +1,236 @@
+"""x -> QuantizeLinear -> DequantizeLinear -> kernel, around every node that is planned for integers.
+
+Scales and zero points are scalars (the runtime's kernels refuse [1]); every integer reader gets a DequantizeLinear of
+its own, as the runtime's fusions want; a Relu or Clip whose bounds the codes already have is taken out, since between a
+layer and its QuantizeLinear it would keep the layer in float. Weights get QuantizeLinear too, for `FoldWeights` to
+fold; biases become int32 at once, at a scale whose accumulator provably cannot overflow.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import graph
+from qgraph.qparams import QParams, bias_scale, from_range, limit_accumulator, quantize
+from qgraph.spec import PerAxis, QuantSpec
+from qgraph.passes.annotate import clip_bounds
+from qgraph.targets import KERNEL, QPARAMS, Kernel, Output
+
+__all__ = ["WEIGHT", "InsertQDQ"]
+
+WEIGHT = "qgraph.weight_qparams"
+"""Key in `Node.meta` of a weight's QuantizeLinear: its QParams."""
+
+
+class InsertQDQ(ir.passes.InPlacePass):
+    """Writes the quantization that annotation planned and calibration measured into the graph."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        writer = _Writer(model.graph)
+        nodes = [node for node in model.graph if KERNEL in node.meta]
+        for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
+            if QPARAMS in value.meta:
+                writer.activation(value)
+        for node in nodes:
+            writer.parameters(node)
+        return ir.passes.PassResult(model, bool(nodes))
+
+
+class _Writer:
+    def __init__(self, main: ir.Graph):
+        self.main = main
+        self.names = {v.name for v in main.inputs if v.name} | set(main.initializers)
+        self.names |= {v.name for node in main for v in node.outputs if v.name}
+        self.names |= {v.name for body in main.subgraphs() for node in body for v in node.outputs if v.name}
+        self.weights: dict[tuple[object, ...], ir.Value] = {}
+
+    # -- pieces ---------------------------------------------------------------------------------------------------
+
+    def initializer(self, name: str, array: NDArray[np.generic]) -> ir.Value:
+        tensor = ir.tensor(array, name=graph.fresh_name(name, self.names))
+        value = ir.Value(
+            name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+        )
+        self.main.register_initializer(value)
+        return value
+
+    def constants(self, base: str, params: QParams) -> tuple[ir.Value, ir.Value]:
+        zero = params.zero_point.astype(params.format.storage.numpy())
+        return self.initializer(f"{base}_scale", params.scale), self.initializer(f"{base}_zero_point", zero)
+
+    def node(
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        base: str,
+        kind: ir.DataType,
+        like: ir.Value,
+        axis: int | None = None,
+    ) -> ir.Node:
+        attributes = [] if axis is None else [ir.AttrInt64("axis", axis)]
+        name = graph.fresh_name(f"{base}_{op_type}", self.names)
+        made = ir.Node("", op_type, inputs, attributes=attributes, name=name)
+        suffix = "quantized" if op_type == "QuantizeLinear" else "dequantized"
+        made.outputs[0].name = graph.fresh_name(f"{base}_{suffix}", self.names)
+        made.outputs[0].type = ir.TensorType(kind)
+        made.outputs[0].shape = like.shape
+        return made
+
+    # -- activations ----------------------------------------------------------------------------------------------
+
+    def activation(self, value: ir.Value) -> None:
+        """Quantize `value` for its integer readers, and for all when its maker writes integers."""
+        params: QParams = value.meta[QPARAMS]
+        base = str(value.name)
+        integer: list[tuple[ir.Node, int]] = []
+        others: list[tuple[ir.Node, int]] = []
+        for node, position in value.uses():
+            kernel: Kernel | None = node.meta.get(KERNEL)
+            ours = kernel is not None and position in kernel.activations and node.graph is self.main
+            (integer if ours else others).append((node, position))
+        whole = self._made_in_integers(value)
+        source = self._without_activation(value, params, whole or (not others and not value.is_graph_output()))
+        scale, zero = self.constants(base, params)
+        quantize_node = self.node("QuantizeLinear", [source, scale, zero], base, params.format.storage, value)
+        quantized = quantize_node.outputs[0]
+        start = source.producer()
+        if start is None:
+            self._insert_first(quantize_node)
+        else:
+            self.main.insert_after(start, quantize_node)
+        for node, position in integer:
+            reader = self.node("DequantizeLinear", [quantized, scale, zero], base, ir.DataType.FLOAT, value)
+            self.main.insert_before(node, reader)
+            node.replace_input_with(position, reader.outputs[0])
+        if whole and (others or value.is_graph_output()):
+            back = self.node("DequantizeLinear", [quantized, scale, zero], base, ir.DataType.FLOAT, value)
+            self.main.insert_after(quantize_node, back)
+            for node, position in others:
+                node.replace_input_with(position, back.outputs[0])
+            if value.is_graph_output():
+                self._take_over_output(value, back.outputs[0])
+
+    def _made_in_integers(self, value: ir.Value) -> bool:
+        """Whether the float form of `value` exists only for the kernel to be recognized."""
+        maker = value.producer()
+        if maker is None:
+            return False
+        kernel: Kernel | None = maker.meta.get(KERNEL)
+        if kernel is None and maker.op_type in ("Relu", "Clip") and maker.inputs[0] is not None:
+            before = maker.inputs[0].producer()
+            kernel = before.meta.get(KERNEL) if before is not None else None
+        return kernel is not None and kernel.output is Output.QUANTIZED
+
+    def _without_activation(self, value: ir.Value, params: QParams, allowed: bool) -> ir.Value:
+        """What to quantize instead of `value`: the input of its Relu or Clip if the codes clip just so."""
+        maker = value.producer()
+        if not allowed or maker is None or not graph.is_standard(maker, "Relu", "Clip"):
+            return value
+        before = maker.inputs[0]
+        if before is None or len(before.consumers()) != 1 or before.is_graph_output():
+            return value
+        low, high = clip_bounds(maker)
+        bottom, top = params.range
+        step = float(np.max(params.scale))
+        # A bound met to within a quarter of a step changes no code but the outermost.
+        if low is None or high is None or bottom < low - step / 4 or top > high + step / 4:
+            return value
+        before.meta.update({k: v for k, v in value.meta.items() if k.startswith("qgraph.")})
+        return before
+
+    def _insert_first(self, node: ir.Node) -> None:
+        first = next(iter(self.main), None)
+        if first is None:
+            self.main.append(node)
+        else:
+            self.main.insert_before(first, node)
+
+    def _take_over_output(self, value: ir.Value, replacement: ir.Value) -> None:
+        """The caller sees the dequantized value under the name it always had."""
+        name = value.name
+        value.name = graph.fresh_name(f"{name}_float", self.names)
+        replacement.name, replacement.type, replacement.shape = name, value.type, value.shape
+        for index, output in enumerate(self.main.outputs):
+            if output is value:
+                self.main.outputs[index] = replacement
+
+    # -- weights and biases ---------------------------------------------------------------------------------------
+
+    def parameters(self, node: ir.Node) -> None:
+        """Quantize the weight and the bias of `node`."""
+        kernel: Kernel = node.meta[KERNEL]
+        if kernel.weight is None:
+            return
+        position, spec = kernel.weight
+        weight = node.inputs[position]
+        dequantize = node.inputs[next(iter(kernel.activations))]
+        if weight is None or dequantize is None:
+            return
+        activation = _params_of(dequantize)
+        bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
+        bias_array = None if bias is None else np.asarray(graph.constant(bias), np.float64).reshape(-1)
+        params = _weight_params(weight, spec, activation, bias_array)
+        node.replace_input_with(position, self._weight(node, weight, params))
+        if bias is not None and bias_array is not None and kernel.bias is not None:
+            node.replace_input_with(kernel.bias, self._bias(node, bias_array, bias_scale(activation, params)))
+
+    def _weight(self, node: ir.Node, weight: ir.Value, params: QParams) -> ir.Value:
+        """A DequantizeLinear for this reader; the QuantizeLinear is shared by all readers with the same parameters."""
+        base = str(weight.name)
+        key = (weight, params.format, params.axis, params.scale.tobytes())
+        if key not in self.weights:
+            scale, zero = self.constants(base, params)
+            made = self.node("QuantizeLinear", [weight, scale, zero], base, params.format.storage, weight, params.axis)
+            made.meta[WEIGHT] = params
+            self._insert_first(made)
+            self.weights[key] = made.outputs[0]
+        quantized = self.weights[key]
+        maker = quantized.producer()
+        assert maker is not None
+        reader = self.node("DequantizeLinear", [quantized, *_tail(maker)], base, ir.DataType.FLOAT, weight, params.axis)
+        self.main.insert_before(node, reader)
+        return reader.outputs[0]
+
+    def _bias(self, node: ir.Node, array: NDArray[np.float64], params: QParams) -> ir.Value:
+        base = f"{node.name}_bias"
+        codes = self.initializer(f"{base}_quantized", quantize(array, params))
+        scale_value, zero = self.constants(base, params)
+        reader = self.node("DequantizeLinear", [codes, scale_value, zero], base, ir.DataType.FLOAT, codes, params.axis)
+        self.main.insert_before(node, reader)
+        return reader.outputs[0]
+
+
+def _tail(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs[1:] if value is not None]
+
+
+def _params_of(dequantized: ir.Value) -> QParams:
+    """The parameters of an activation, found through its DequantizeLinear and QuantizeLinear."""
+    reader = dequantized.producer()
+    assert reader is not None and reader.inputs[0] is not None
+    maker = reader.inputs[0].producer()
+    assert maker is not None and maker.inputs[0] is not None
+    params: QParams = maker.inputs[0].meta[QPARAMS]
+    return params
+
+
+def _weight_params(
+    weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.float64] | None
+) -> QParams:
+    """Min-max parameters along the spec's axis, widened where the accumulator could overflow."""
+    array = graph.constant(weight)
+    assert array is not None
+    axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
+    others = None if axis is None else tuple(i for i in range(array.ndim) if i != axis % array.ndim)
+    low, high = np.min(array, axis=others, initial=0.0), np.max(array, axis=others, initial=0.0)
+    channel_axes = others if others is not None else tuple(range(1, array.ndim))
+    sums = np.abs(array).sum(axis=channel_axes, dtype=np.float64)
+    params = limit_accumulator(activation, from_range(low, high, spec), sums, bias)
+    del array
+    graph.release(weight)
+    return params
+
+

@@ -1,0 +1,136 @@
+"""The few IR idioms that onnx_ir does not have itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = [
+    "RUN_SHAPE",
+    "all_graphs",
+    "attribute_int",
+    "attribute_ints",
+    "constant",
+    "constant_scalar",
+    "element_count",
+    "fresh_name",
+    "has_constant",
+    "is_float",
+    "is_graph_output",
+    "is_standard",
+    "label",
+    "outer_consumers",
+    "producer",
+    "release",
+    "run_shape",
+]
+
+RUN_SHAPE = "qgraph.shape"
+"""Key in `Value.meta`: the value's shape in a real run, a tuple of int."""
+
+
+def label(node: ir.Node) -> str:
+    """How a node is called in reports: its name, or its operator and first output when it has none."""
+    return node.name or f"{node.op_type}({node.outputs[0].name if node.outputs else ''})"
+
+
+def is_standard(node: ir.Node, *op_types: str) -> bool:
+    """Whether `node` is one of these operators of the default ONNX domain."""
+    return node.domain in ("", "ai.onnx") and node.op_type in op_types
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The standard operator of one of these types that makes `value`, or None."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and is_standard(node, *op_types) else None
+
+
+def has_constant(value: ir.Value | None) -> bool:
+    """Whether `value` is an initializer that no caller can override, without reading it."""
+    return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
+
+
+def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+    """The array of a constant, or None when it is not constant. Memory-mapped where the tensor is."""
+    if value is None or not has_constant(value) or value.const_value is None:
+        return None
+    return value.const_value.numpy()
+
+
+def constant_scalar(value: ir.Value | None) -> float | None:
+    """The number of a constant of one element, or None."""
+    tensor = value.const_value if value is not None and has_constant(value) else None
+    return float(tensor.numpy().reshape(-1)[0]) if tensor is not None and tensor.size == 1 else None
+
+
+def release(value: ir.Value | None) -> None:
+    """Give a memory-mapped constant's pages back; it is mapped again when next read."""
+    tensor = value.const_value if value is not None else None
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Whether `value` is known to hold float32."""
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def run_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Shape seen in a run if one was measured, else the static shape, else None."""
+    if value is None:
+        return None
+    seen: tuple[int, ...] | None = value.meta.get(RUN_SHAPE)
+    if seen is not None:
+        return seen
+    if value.const_value is not None:
+        return tuple(int(d) for d in value.const_value.shape.numpy())
+    if value.shape is not None and value.shape.is_static():
+        return tuple(int(d) for d in value.shape.numpy())
+    return None
+
+
+def element_count(value: ir.Value | None) -> int | None:
+    """Number of elements in a run, or None when unknown."""
+    shape = run_shape(value)
+    return None if shape is None else int(np.prod(shape, dtype=np.int64))
+
+
+def is_graph_output(value: ir.Value) -> bool:
+    """Whether the model's caller sees `value`."""
+    return value.is_graph_output()
+
+
+def outer_consumers(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether a node in a body of If, Loop or Scan reads `value`, which belongs to `graph`."""
+    return any(node.graph is not graph for node in value.consumers())
+
+
+def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
+    """`graph` and every graph inside the attributes of its nodes."""
+    yield graph
+    yield from graph.subgraphs()
+
+
+def attribute_int(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute."""
+    found = node.attributes.get(name)
+    return default if found is None else found.as_int()
+
+
+def attribute_ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
+    """An attribute of integers."""
+    found = node.attributes.get(name)
+    return list(default) if found is None else list(found.as_ints())
+
+
+def fresh_name(base: str, taken: set[str]) -> str:
+    """`base`, or `base_1`, `base_2`... whichever is free; marks it as taken."""
+    name, suffix = base, 0
+    while name in taken:
+        suffix += 1
+        name = f"{base}_{suffix}"
+    taken.add(name)
+    return name

@@ -1,0 +1,227 @@
+"""Models in and out: any size, weights memory-mapped, files written beside and moved into place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.errors import ExternalDataError, ModelError
+from qgraph.session import max_ir_version
+
+__all__ = ["Staged", "Workspace", "fingerprint", "read", "stage"]
+
+OLDEST_OPSET = 7
+_SPILL_BYTES = 64 << 20
+_INLINE_BYTES = 1 << 30
+_EXTERNAL_THRESHOLD = 1024
+
+
+def read(path: str | Path) -> ir.Model:
+    """Load a model; external tensors stay on disk and are mapped when read.
+
+    Raises:
+        ModelError: no such file, not an ONNX model, no default-domain opset, or an opset older than 7.
+        ExternalDataError: external data is missing, too short, or outside the model's folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"There is no model file {str(path)!r}.")
+    try:
+        model = ir.load(path)
+    except Exception as error:
+        raise ModelError(f"{str(path)!r} is not a readable ONNX model: {str(error).splitlines()[0][:300]}") from error
+    if len(model.graph) == 0 and not model.graph.outputs:
+        raise ModelError(f"{str(path)!r} is not an ONNX model: it has no graph.")
+    opset = model.graph.opset_imports.get("")
+    if opset is not None and opset < OLDEST_OPSET:
+        raise ModelError(
+            f"{str(path)!r} has opset {opset}; {OLDEST_OPSET} is the oldest that can be converted. Export it anew."
+        )
+    _check_external(model, path.parent)
+    return model
+
+
+def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            if value.const_value is not None:
+                yield name, value.const_value
+
+
+def _check_external(model: ir.Model, folder: Path) -> None:
+    root = folder.resolve()
+    for name, tensor in _tensors(model):
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        where = Path(tensor.path)
+        if Path(tensor.location).is_absolute() or not where.resolve().is_relative_to(root):
+            raise ExternalDataError(
+                f"Weight {name!r} points to {str(tensor.location)!r}, outside the model's folder. "
+                "Move the data beside the model and save the model again."
+            )
+        if not where.is_file():
+            raise ExternalDataError(f"Weight {name!r} is in {where.name!r}, which is not beside the model.")
+        size, need = where.stat().st_size, (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if size < need:
+            raise ExternalDataError(
+                f"Weight {name!r} needs {need} bytes of {where.name!r}, which has only {size}: the file is truncated."
+            )
+
+
+def fingerprint(model: ir.Model) -> str:
+    """SHA-256 over the graph and a sample of each weight: the key under which observed ranges are saved.
+
+    Weights over 64 kB enter with their size and 4 kB from each end, so that hashing a model of gigabytes costs
+    nothing; the graph, its names and attributes enter whole.
+    """
+    digest = hashlib.sha256()
+    for graph in (model.graph, *model.graph.subgraphs()):
+        digest.update(repr([v.name for v in (*graph.inputs, *graph.outputs)]).encode())
+        for node in graph:
+            digest.update(repr((node.domain, node.op_type, [v.name if v else None for v in node.inputs])).encode())
+            digest.update(repr([v.name for v in node.outputs]).encode())
+            for attribute in sorted(node.attributes.values(), key=lambda a: a.name):
+                plain = attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+                if plain and attribute.type not in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+                    digest.update(repr((attribute.name, attribute.value)).encode())
+    for name, tensor in sorted(_tensors(model), key=lambda pair: pair[0]):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape.numpy()))).encode())
+        if tensor.nbytes <= 1 << 16:
+            digest.update(tensor.tobytes())
+        else:
+            flat = tensor.numpy().reshape(-1)
+            digest.update(flat[:1024].tobytes())
+            digest.update(flat[-1024:].tobytes())
+            del flat
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor.release()
+    return digest.hexdigest()
+
+
+class Workspace:
+    """A temporary folder in which a model's weights lie as one memory-mapped file.
+
+    With its weights on disk a model can be serialized in kilobytes as often as needed: calibration graphs share them.
+    """
+
+    def __init__(self, near: Path | None = None):
+        """Make the folder beside `near` (so that files can be moved into place), or among the system's."""
+        folder = near.resolve().parent if near is not None else None
+        if folder is not None and not folder.is_dir():
+            raise ModelError(f"The folder {str(folder)!r} does not exist.")
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix=".qgraph-", dir=folder))
+        except OSError as error:
+            raise ModelError(f"Cannot write in {str(folder)!r}: {error.strerror}.") from error
+
+    def spill(self, model: ir.Model) -> Path | None:
+        """Make sure that all large weights of `model` are external tensors of one folder, and return that folder.
+
+        Small models are left in memory (None is returned when nothing is external). A model whose weights already lie
+        in one folder keeps them there, as long as what is in memory besides fits into one message.
+        """
+        external = {Path(t.base_dir) for _, t in _tensors(model) if isinstance(t, ir.ExternalTensor)}
+        inline = sum(t.nbytes for _, t in _tensors(model) if not isinstance(t, ir.ExternalTensor))
+        if inline < _SPILL_BYTES or (external and inline < _INLINE_BYTES and len(external) == 1):
+            return external.pop() if external else None
+        data = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder))
+        ir.save(model, data / "model.onnx", external_data="weights.data", size_threshold_bytes=_EXTERNAL_THRESHOLD)
+        stored = ir.load(data / "model.onnx")
+        for graph, other in zip(
+            (model.graph, *model.graph.subgraphs()), (stored.graph, *stored.graph.subgraphs()), strict=True
+        ):
+            for name, value in graph.initializers.items():
+                value.const_value = other.initializers[name].const_value
+        return data
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Staged:
+    """A model written in full beside its destination, not yet in place."""
+
+    def __init__(self, path: Path, destination: Path):
+        self.path = path
+        self.destination = destination
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk, external data included."""
+        return sum(f.stat().st_size for f in self.path.parent.iterdir())
+
+    def commit(self) -> None:
+        """Move into place, data first; on failure whatever stood there before stands again."""
+        target = self.destination.resolve()
+        names = sorted((f.name for f in self.path.parent.iterdir()), key=lambda n: n == self.path.name)
+        moved: list[tuple[Path, Path | None]] = []
+        try:
+            for name in names:
+                final = target.parent / name
+                saved: Path | None = None
+                if final.exists():
+                    saved = self.path.parent / (name + ".previous")
+                    final.replace(saved)
+                moved.append((final, saved))
+                (self.path.parent / name).replace(final)
+        except OSError as error:
+            for final, saved in reversed(moved):
+                with contextlib.suppress(OSError):
+                    if saved is not None:
+                        saved.replace(final)
+            raise ModelError(f"Cannot write {str(self.destination)!r}: {error.strerror}.") from error
+
+
+def stage(
+    model: ir.Model,
+    destination: Path,
+    workspace: Workspace,
+    progress: Callable[[int, int], None] | None = None,
+) -> Staged:
+    """Write `model` as it will stand at `destination`, into the workspace.
+
+    Weights go to `<name>.data` when the model exceeds 1 GiB or when any weight was external. The IR version is lowered
+    to what the installed runtime reads. Lazy tensors are evaluated one at a time.
+
+    Args:
+        model: what to write; unchanged, but for its IR version.
+        destination: the final path.
+        workspace: where to write.
+        progress: called with (tensors done, tensors in all).
+    """
+    model.ir_version = min(model.ir_version, max_ir_version())
+    folder = Path(tempfile.mkdtemp(prefix="staged-", dir=workspace.folder))
+    path = folder / destination.name
+    sizes = [t.nbytes for _, t in _tensors(model)]
+    data = destination.name + ".data" if sum(sizes) > _INLINE_BYTES or model.meta.get("qgraph.external") else None
+
+    def report(_: object, info: object) -> None:
+        if progress is not None:
+            progress(int(getattr(info, "index", 0)) + 1, int(getattr(info, "total", 0)))
+
+    try:
+        ir.save(
+            model,
+            path,
+            external_data=data,
+            size_threshold_bytes=_EXTERNAL_THRESHOLD,
+            callback=report,
+            max_workers=1,
+        )
+    except OSError as error:
+        raise ModelError(f"Cannot write {str(destination)!r}: {os.strerror(error.errno or 0)}.") from error
+    return Staged(path, destination)

@@ -1,0 +1,81 @@
+"""An ordered, printable list of passes, run with a report of what each did and how long it took."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.calibration import DEFAULT_BUDGET
+from qgraph.data import Dataset
+from qgraph.report import Step
+from qgraph.spec import Scheme
+from qgraph.targets import Target
+
+__all__ = ["Context", "Pipeline"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """All that a pipeline is built from.
+
+    Attributes:
+        target: where the model will run.
+        scheme: which numbers it will use.
+        data: calibration data.
+        folder: where the model's external tensors lie, None when it has none.
+        observer: name of the observer, None for each spec's own.
+        budget: bytes that the observed values of one run may take.
+        ranges: saved statistics to use instead of running the data, with the model's key.
+        keep_float: node name -> reason, for nodes to be left in float.
+        progress: called with (what is done, steps done, steps in all).
+    """
+
+    target: Target
+    scheme: Scheme
+    data: Dataset
+    folder: Path | None = None
+    observer: str | None = None
+    budget: int = DEFAULT_BUDGET
+    ranges: tuple[Path, str] | None = None
+    keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    progress: Callable[[str, int, int], None] | None = None
+
+
+class Pipeline(ir.passes.Sequential):
+    """`onnx_ir.passes.Sequential` that records its steps; errors of passes come through as they are."""
+
+    def __init__(self, *passes: ir.passes.PassBase, progress: Callable[[str, int, int], None] | None = None):
+        super().__init__(*passes)
+        self.steps: list[Step] = []
+        self._progress = progress
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run all passes in order; `steps` tells afterwards what happened."""
+        modified = False
+        self.steps = []
+        for number, one in enumerate(self.passes):
+            name = type(one).__name__
+            if self._progress is not None:
+                self._progress(name, number, len(self.passes))
+            before = _operators(model)
+            start = time.perf_counter()
+            result = one(model)
+            seconds = time.perf_counter() - start
+            model = result.model
+            modified |= result.modified
+            after = _operators(model)
+            delta = {op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]}
+            self.steps.append(Step(name, seconds, delta))
+        return ir.passes.PassResult(model, modified)
+
+    def __str__(self) -> str:
+        return " -> ".join(type(one).__name__ for one in self.passes)
+
+
+def _operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.all_nodes())

@@ -1,0 +1,114 @@
+"""What a target is: an execution provider on a kind of machine, told as data.
+
+Passes ask a target three things and never its name: which integer kernel a node can run in and in which form
+(`kernel`), what crossing between float and integer costs (`quantize_cost`, `dequantize_cost`), and how to run a model
+there (`options`).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qgraph import errors
+from qgraph.session import SessionOptions
+from qgraph.spec import QuantSpec, Scheme
+
+__all__ = ["KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target"]
+
+SPEC = "qgraph.spec"
+"""Key in `Value.meta`: the QuantSpec that annotation gave the value."""
+QPARAMS = "qgraph.qparams"
+"""Key in `Value.meta`: the QParams that calibration gave the value."""
+KERNEL = "qgraph.kernel"
+"""Key in `Node.meta`: the Kernel that the node is planned to run in."""
+REASON = "qgraph.reason"
+"""Key in `Node.meta`: why the node stays in float."""
+
+
+class Output(enum.Enum):
+    """What a kernel does at its output."""
+
+    QUANTIZED = "quantized"
+    """It exists only with a quantized output."""
+    FLOAT = "float"
+    """It writes float from its int32 accumulator; a QuantizeLinear after it may fuse, but need not be there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a node cannot, or should not, run in an integer kernel."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """An integer kernel that a node can run in, and the form that makes the runtime choose it.
+
+    Attributes:
+        operators: operator types, any of which in the runtime's optimized graph shows that the kernel was chosen.
+        activations: spec of each quantized activation, by input position.
+        weight: position and spec of the constant weight, if there is one.
+        bias: position of the bias, if there is one.
+        output: what the output is.
+        result: spec of the output, or None when it is not quantized.
+        shares: whether input and output must have the same parameters (the operator only moves codes about).
+        float_seconds: estimated time as it is.
+        integer_seconds: estimated time in this kernel.
+    """
+
+    operators: tuple[str, ...]
+    activations: Mapping[int, QuantSpec]
+    weight: tuple[int, QuantSpec] | None = None
+    bias: int | None = None
+    output: Output = Output.QUANTIZED
+    result: QuantSpec | None = None
+    shares: bool = False
+    float_seconds: float = 0.0
+    integer_seconds: float = 0.0
+
+
+class Target(abc.ABC):
+    """An execution provider on a kind of machine."""
+
+    name: str
+    description: str
+    provider: str
+    min_opset: int
+    schemes: Mapping[str, Scheme]
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme called `name`, as this target wants it.
+
+        Raises:
+            OptionError: this target has no such scheme; lists those that it has.
+        """
+        if name not in self.schemes:
+            raise errors.unknown(f"scheme for target {self.name!r}:", name, self.schemes)
+        return self.schemes[name]
+
+    def options(self, threads: int = 0) -> SessionOptions:
+        """Session options that run a model on this target."""
+        return SessionOptions(providers=(self.provider,), threads=threads)
+
+    @abc.abstractmethod
+    def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+        """The integer kernel for `node`, looked up by its pattern, or why there is none."""
+
+    @abc.abstractmethod
+    def quantize_cost(self, value: ir.Value) -> float:
+        """Seconds to bring a float value into integers."""
+
+    @abc.abstractmethod
+    def dequantize_cost(self, value: ir.Value) -> float:
+        """Seconds to bring an integer value back to float."""
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Operators that disappear into the QuantizeLinear after them when its range allows."""
+        return ()

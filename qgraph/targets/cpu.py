@@ -1,0 +1,101 @@
+"""ONNX Runtime's CPU provider: x86 with VNNI, x86 without, arm64.
+
+The three share their operators and differ in the integer formats their instructions want. With VNNI, u8 activations
+times s8 weights accumulate exactly in int32. Without it, `vpmaddubsw` adds two u8 x s8 products into 16 saturating
+bits, so weights may use 7 bits only. On arm64 the dot-product instructions take s8 x s8.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph.errors import OptionError
+from qgraph.formats import INT8, UINT8, Format, Int
+from qgraph.spec import BIAS, PerAxis, QuantSpec, Scheme
+from qgraph.targets import cpu_kernels
+from qgraph.targets.base import Kernel, Refusal, Target
+
+__all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
+
+
+def _static(activation: Format, weight: Format) -> Scheme:
+    return Scheme(
+        "int8",
+        QuantSpec(activation),
+        QuantSpec(weight, PerAxis(0), symmetric=True, observer="minmax"),
+        BIAS,
+    )
+
+
+class Cpu(Target):
+    """The CPU provider, for one pairing of activation and weight format."""
+
+    provider = "CPUExecutionProvider"
+    # LayerNormalization is 17; the converter of onnxscript starts at 18; 21 has 16-bit and blocked quantization.
+    min_opset = 21
+
+    def __init__(self, name: str, description: str, activation: Format, weight: Format):
+        self.name = name
+        self.description = description
+        self.schemes: Mapping[str, Scheme] = {"int8": _static(activation, weight)}
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Relu and Clip vanish where the codes' range already ends there."""
+        return ("Relu", "Clip")
+
+    def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+        """Look the operator up in the table of this provider's kernels."""
+        return cpu_kernels.find(node, scheme)
+
+    def quantize_cost(self, value: ir.Value) -> float:
+        """QuantizeLinear, and the way out of the blocked float layout for images."""
+        return cpu_kernels.boundary_cost(value, to_integer=True)
+
+    def dequantize_cost(self, value: ir.Value) -> float:
+        """DequantizeLinear, and the way into the blocked float layout for images."""
+        return cpu_kernels.boundary_cost(value, to_integer=False)
+
+
+def x86_vnni() -> Cpu:
+    """x86-64 with AVX-VNNI or AVX512-VNNI: u8 activations, full 8-bit weights."""
+    return Cpu("x86-vnni", "x86-64 CPU with VNNI: u8 activations, s8 weights per channel", UINT8, INT8)
+
+
+def x86() -> Cpu:
+    """x86-64 without VNNI: u8 activations, 7-bit weights so that 16-bit sums cannot saturate."""
+    return Cpu("x86", "x86-64 CPU without VNNI: u8 activations, 7-bit weights per channel", UINT8, Int(7))
+
+
+def arm64() -> Cpu:
+    """64-bit ARM: s8 activations and weights."""
+    return Cpu("arm64", "arm64 CPU: s8 activations, s8 weights per channel", INT8, INT8)
+
+
+def detect() -> Cpu:
+    """The CPU target of the machine this runs on.
+
+    Raises:
+        OptionError: the machine is neither x86-64 nor arm64.
+    """
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
+        return arm64()
+    if machine in ("x86_64", "amd64"):
+        return x86_vnni() if _has_vnni() else x86()
+    raise OptionError(f"No CPU target is known for machine {machine!r}. Name one: x86-vnni, x86, arm64.")
+
+
+def _has_vnni() -> bool:
+    """Whether /proc/cpuinfo names a VNNI extension; elsewhere the safe answer, False."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_vnni" in flags or "avx_vnni" in flags
+
+

@@ -1,0 +1,256 @@
+"""The table of the CPU provider's integer kernels: operator -> the form it must be written in, and its cost.
+
+Each entry is a function of the node, returning a Kernel or a Refusal with its reason. Measured times per element, in
+nanoseconds on one thread, stand beside each elementwise operator as (float, integer).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from qgraph import graph
+from qgraph.spec import PerAxis, Scheme
+from qgraph.targets import cpu_costs as costs
+from qgraph.targets.base import Kernel, Output, Refusal
+
+__all__ = ["boundary_cost", "find"]
+
+_Entry = Callable[[ir.Node, Scheme], "Kernel | Refusal"]
+
+_NO_KERNEL = "onnxruntime's CPU provider has no integer kernel for {}"
+
+
+def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    """The kernel for `node`, or why it has none."""
+    if node.domain not in ("", "ai.onnx"):
+        return Refusal(f"operator of domain {node.domain!r}")
+    entry = _TABLE.get(node.op_type)
+    if entry is None:
+        return Refusal(_NO_KERNEL.format(node.op_type))
+    return entry(node, scheme)
+
+
+def boundary_cost(value: ir.Value, to_integer: bool) -> float:
+    """Seconds to cross between float and integers, layout changes of images included."""
+    shape = graph.run_shape(value)
+    image = shape is None or len(shape) == 4
+    per_element = (0.5 if to_integer else 0.6) if image else (0.12 if to_integer else 0.2)
+    return costs.elements(value) * per_element * 1e-9 + costs.CALL
+
+
+def _float_activation(value: ir.Value | None) -> Refusal | None:
+    if value is None:
+        return Refusal("an input is missing")
+    if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
+        return Refusal(f"computes in {value.dtype.name.lower()}, not float32")
+    if value.dtype is None:
+        return Refusal(f"the type of {value.name!r} could not be inferred")
+    return None
+
+
+def _weight(value: ir.Value | None, what: str) -> Refusal | None:
+    """Why `value` cannot be a quantized weight."""
+    if value is None or value.dtype != ir.DataType.FLOAT:
+        return Refusal(f"{what} is not float32")
+    if value.is_graph_input() and value.is_initializer():
+        return Refusal(f"{what} {value.name!r} may be overridden by the caller (it is also a graph input)")
+    if not graph.has_constant(value):
+        return Refusal(f"{what} {value.name!r} is computed at run time")
+    return None
+
+
+def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    weight = node.inputs[1]
+    refusal = _float_activation(node.inputs[0]) or _weight(weight, "the weight")
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if refusal is None and bias is not None:
+        refusal = _weight(bias, "the bias")
+    if refusal is not None or weight is None:
+        return refusal or Refusal("no weight")
+    shape = graph.run_shape(weight) or ()
+    if len(shape) not in (3, 4):
+        return Refusal(f"integer convolution is not known to pay in {len(shape) - 2} dimensions")
+    slow, fast = costs.conv(node.outputs[0], shape, graph.attribute_int(node, "group", 1))
+    return Kernel(
+        ("QLinearConv",),
+        {0: scheme.activation},
+        weight=(1, replace(scheme.weight, granularity=PerAxis(0))),
+        bias=2 if bias is not None else None,
+        result=scheme.activation,
+        float_seconds=slow,
+        integer_seconds=fast,
+    )
+
+
+def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    left, right = node.inputs[0], node.inputs[1]
+    if left is not None and right is not None and not right.is_initializer() and not left.is_initializer():
+        return Refusal("a product of two activations gains too little for what it loses in accuracy")
+    refusal = _float_activation(left) or _weight(right, "the weight")
+    if refusal is not None or right is None or left is None:
+        return refusal or Refusal("an input is missing")
+    shape = graph.run_shape(right) or ()
+    if len(shape) != 2:
+        return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
+    slow, fast = costs.matmul(_rows(left, shape[0]), shape[0], shape[1])
+    return Kernel(
+        ("MatMulIntegerToFloat", "QLinearMatMul"),
+        {0: scheme.activation},
+        weight=(1, replace(scheme.weight, granularity=PerAxis(1))),
+        output=Output.FLOAT,
+        float_seconds=slow,
+        integer_seconds=fast,
+    )
+
+
+def _rows(value: ir.Value, inner: int) -> int:
+    count = graph.element_count(value)
+    return 64 if count is None else max(1, count // max(1, inner))
+
+
+def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    left, right = node.inputs[0], node.inputs[1]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    refusal = _float_activation(left) or _weight(right, "the weight")
+    if refusal is None and bias is not None:
+        refusal = _weight(bias, "the bias")
+    if refusal is not None or right is None or left is None:
+        return refusal or Refusal("an input is missing")
+    shape = graph.run_shape(right) or (0, 0)
+    transposed = bool(graph.attribute_int(node, "transB", 0))
+    inner, columns = (shape[1], shape[0]) if transposed else shape
+    if graph.attribute_int(node, "transA", 0):
+        return Refusal("the integer kernel does not transpose its activation (transA)")
+    alpha, beta = node.attributes.get("alpha"), node.attributes.get("beta")
+    if alpha is not None and alpha.as_float() != 1.0:
+        return Refusal("alpha is not 1")
+    if bias is not None:
+        if beta is not None and beta.as_float() != 1.0:
+            return Refusal("beta is not 1")
+        if math.prod(graph.run_shape(bias) or ()) != columns:
+            return Refusal("the bias is not one number per column")
+    slow, fast = costs.matmul(_rows(left, inner), inner, columns)
+    return Kernel(
+        ("QGemm",),
+        {0: scheme.activation},
+        weight=(1, replace(scheme.weight, granularity=PerAxis(0 if transposed else 1))),
+        bias=2 if bias is not None else None,
+        output=Output.FLOAT,
+        float_seconds=slow,
+        integer_seconds=fast,
+    )
+
+
+def _binary(kernel: str, float_ns: float, integer_ns: float) -> _Entry:
+    """Two activations, each with parameters of its own, quantized output."""
+
+    def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+        for value in node.inputs:
+            refusal = _float_activation(value)
+            if refusal is not None:
+                return refusal
+            if graph.has_constant(value) or (value is not None and value.is_initializer()):
+                return Refusal("one side is a constant; the integer kernel was measured on two activations only")
+        slow, fast = costs.elementwise(node.outputs[0], float_ns, integer_ns)
+        spec = scheme.activation
+        return Kernel((kernel,), {0: spec, 1: spec}, result=spec, float_seconds=slow, integer_seconds=fast)
+
+    return entry
+
+
+def _unary(kernel: str, float_ns: float, integer_ns: float, per_input: bool = False) -> _Entry:
+    """One activation, output with parameters of its own."""
+
+    def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+        refusal = _float_activation(node.inputs[0])
+        if refusal is not None:
+            return refusal
+        sized = node.inputs[0] if per_input and node.inputs[0] is not None else node.outputs[0]
+        slow, fast = costs.elementwise(sized, float_ns, integer_ns)
+        spec = scheme.activation
+        return Kernel((kernel,), {0: spec}, result=spec, float_seconds=slow, integer_seconds=fast)
+
+    return entry
+
+
+def _moves(float_ns: float, integer_ns: float, *operators: str, condition: Callable[[ir.Node], str | None] | None = None
+           ) -> _Entry:
+    """An operator that only moves codes: input and output share their parameters."""
+
+    def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+        refusal = _float_activation(node.inputs[0])
+        if refusal is not None:
+            return refusal
+        why = condition(node) if condition is not None else None
+        if why is not None:
+            return Refusal(why)
+        if len(node.outputs) > 1 and node.op_type != "Split":
+            return Refusal("the integer kernel has one output")
+        slow, fast = costs.elementwise(node.outputs[0], float_ns, integer_ns)
+        return Kernel(
+            operators or (node.op_type,),
+            {0: scheme.activation},
+            result=scheme.activation,
+            shares=True,
+            float_seconds=slow,
+            integer_seconds=fast,
+        )
+
+    return entry
+
+
+def _concat(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    for value in node.inputs:
+        refusal = _float_activation(value)
+        if refusal is None and value is not None and value.is_initializer():
+            refusal = Refusal("joins a constant")
+        if refusal is not None:
+            return refusal
+    slow, fast = costs.elementwise(node.outputs[0], 0.3, 0.12)
+    spec = scheme.activation
+    return Kernel(
+        ("QLinearConcat", "Concat"),
+        {i: spec for i in range(len(node.inputs))},
+        result=spec,
+        shares=True,
+        float_seconds=slow,
+        integer_seconds=fast,
+    )
+
+
+def _resize_condition(node: ir.Node) -> str | None:
+    mode = node.attributes.get("mode")
+    return None if mode is None or mode.as_string() == "nearest" else "only nearest-neighbour Resize moves codes"
+
+
+def _image_pool(node: ir.Node) -> str | None:
+    shape = graph.run_shape(node.inputs[0])
+    return None if shape is None or len(shape) == 4 else "the integer pool is known for images only"
+
+
+_TABLE: dict[str, _Entry] = {
+    "Conv": _conv,
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Add": _binary("QLinearAdd", 0.25, 0.25),
+    "Mul": _binary("QLinearMul", 0.25, 0.35),
+    "Concat": _concat,
+    "Sigmoid": _unary("QLinearSigmoid", 0.8, 0.5),
+    "LeakyRelu": _unary("QLinearLeakyRelu", 0.25, 0.4),
+    "GlobalAveragePool": _unary("QLinearGlobalAveragePool", 0.25, 0.1, per_input=True),
+    "AveragePool": _unary("QLinearAveragePool", 1.0, 3.0),
+    "MaxPool": _moves(1.5, 1.0, "MaxPool", "NhwcMaxPool", condition=_image_pool),
+    "Resize": _moves(0.6, 0.8, condition=_resize_condition),
+    "Transpose": _moves(0.8, 0.25),
+    "Reshape": _moves(0.05, 0.02),
+    "Flatten": _moves(0.05, 0.02, "Flatten", "Reshape"),
+    "Squeeze": _moves(0.05, 0.02, "Squeeze", "Reshape"),
+    "Unsqueeze": _moves(0.05, 0.02, "Unsqueeze", "Reshape"),
+    "Slice": _moves(0.3, 0.15),
+    "Split": _moves(0.3, 0.15),
+    "DepthToSpace": _moves(0.8, 0.5),
+}

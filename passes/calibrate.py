@@ -23,30 +23,35 @@ class Calibrate(ir.passes.InPlacePass):
     """Runs the data through the graph and writes `Value.meta["qgraph.qparams"]`.
 
     Args:
-        data: the calibration data; not needed when every observer has already seen data (`calibration.restore`).
+        data: the calibration data.
         folder: where the model's external tensors lie.
         budget: bytes that one run's observed values may take.
-        progress: called with (runs done, runs in all).
+        ranges: file of saved statistics and the model's key, used instead of running the data.
+        progress: called with ("calibrating", runs done, runs in all).
     """
 
     def __init__(
         self,
-        data: Dataset | None,
+        data: Dataset,
         folder: Path | None = None,
         budget: int = calibration.DEFAULT_BUDGET,
-        progress: Callable[[int, int], None] | None = None,
+        ranges: tuple[Path, str] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ):
         super().__init__()
         self.data = data
         self.folder = folder
         self.budget = budget
+        self.ranges = ranges
         self.progress = progress
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
         values = annotated(model.graph)
-        if self.data is not None:
-            calibration.observe(model, self.data, self.folder, self.budget, self.progress)
+        if self.ranges is not None:
+            calibration.restore(model, *self.ranges)
+        else:
+            calibration.observe(model, self.data, self.folder, self.budget, self._report)
         groups: dict[str, Observer] = {}
         for value in values:
             observer: Observer | None = value.meta.get(OBSERVER)
@@ -67,3 +72,7 @@ class Calibrate(ir.passes.InPlacePass):
                 params[key, spec] = groups[key].qparams(spec)
             value.meta[QPARAMS] = params[key, spec]
         return ir.passes.PassResult(model, False)
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress("calibrating", done, total)

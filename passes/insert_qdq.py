@@ -217,9 +217,7 @@ def _params_of(dequantized: ir.Value) -> QParams:
     return params
 
 
-def _weight_params(
-    weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.float64] | None
-) -> QParams:
+def _weight_params(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.float64] | None) -> QParams:
     """Min-max parameters along the spec's axis, widened where the accumulator could overflow."""
     array = graph.constant(weight)
     assert array is not None
@@ -232,5 +230,3 @@ def _weight_params(
     del array
     graph.release(weight)
     return params
-
-

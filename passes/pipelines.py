@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
+from qgraph.errors import OptionError
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
 from qgraph.passes.calibrate import Calibrate
@@ -14,20 +17,36 @@ from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.recognize import Recognize
 from qgraph.pipeline import Context, Pipeline
 
-__all__ = ["static"]
+__all__ = ["plan", "static"]
+
+
+def plan(context: Context) -> Pipeline:
+    """Everything up to the decision what to quantize; nothing is calibrated or changed in its numbers."""
+    return Pipeline(*_prepare(context), progress=context.progress)
 
 
 def static(context: Context) -> Pipeline:
     """Static post-training quantization: ranges of activations are fixed from calibration data."""
+    if context.data is None:
+        raise OptionError("Static quantization needs calibration data: a few dozen typical inputs (--data).")
     return Pipeline(
+        *_prepare(context),
+        InsertObservers(context.observer),
+        Calibrate(context.data, context.folder, context.budget, context.ranges, context.progress),
+        InsertQDQ(),
+        FoldWeights(),
+        progress=context.progress,
+    )
+
+
+def _prepare(context: Context) -> list[ir.passes.PassBase]:
+    """The graph as the target likes it, and an annotation on each value."""
+    measure = [] if context.data is None else [MeasureShapes(context.data, context.folder)]
+    return [
         Canonicalize(context.target.min_opset),
         FuseLayers(),
         Recognize(),
         BiasForm(),
-        MeasureShapes(context.data, context.folder),
+        *measure,
         Annotate(context.target, context.scheme, context.keep_float),
-        InsertObservers(context.observer),
-        Calibrate(context.data, context.folder, context.budget),
-        InsertQDQ(),
-        FoldWeights(),
-    )
+    ]

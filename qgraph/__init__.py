@@ -1,0 +1,42 @@
+"""qgraph: a quantization compiler for ONNX.
+
+    result = qgraph.optimize("in.onnx", "out.onnx", data="calibration.npz")
+    print(result.report.speed)
+
+The face holds no logic; see `qgraph.compiler.optimize` for the main job and `qgraph.passes` for the passes alone.
+"""
+
+from qgraph.compiler import Options, Result, optimize
+from qgraph.errors import (
+    AuditError,
+    DataError,
+    ExecutionError,
+    ExternalDataError,
+    ModelError,
+    NothingQuantizedError,
+    OptionError,
+    QGraphError,
+    QuantizationError,
+    SlowerError,
+)
+from qgraph.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuditError",
+    "DataError",
+    "ExecutionError",
+    "ExternalDataError",
+    "ModelError",
+    "NothingQuantizedError",
+    "OptionError",
+    "Options",
+    "QGraphError",
+    "QuantizationError",
+    "Report",
+    "Result",
+    "SlowerError",
+    "__version__",
+    "optimize",
+]

@@ -173,7 +173,9 @@ def _from_feeds(feeds: Iterable[Mapping[str, Any]], label: str) -> Iterator[Batc
         raise DataError(f"{label} returned {type(feeds).__name__}, not an iterable of feeds (dicts of arrays).")
     for number, feed in enumerate(feeds):
         if not isinstance(feed, Mapping):
-            raise DataError(f"Item {number} of {label} is {type(feed).__name__}, not a dict from input names to arrays.")
+            raise DataError(
+                f"Item {number} of {label} is {type(feed).__name__}, not a dict from input names to arrays."
+            )
         yield Batch(f"{label} {number}", {str(k): np.asarray(v) for k, v in feed.items()})
 
 

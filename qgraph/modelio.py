@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph.errors import ExternalDataError, ModelError
 from qgraph.session import max_ir_version
 
-__all__ = ["Staged", "Workspace", "fingerprint", "read", "stage"]
+__all__ = ["Staged", "Workspace", "fingerprint", "read", "size_on_disk", "stage"]
 
 OLDEST_OPSET = 7
 _SPILL_BYTES = 64 << 20
@@ -73,6 +73,12 @@ def _check_external(model: ir.Model, folder: Path) -> None:
             raise ExternalDataError(
                 f"Weight {name!r} needs {need} bytes of {where.name!r}, which has only {size}: the file is truncated."
             )
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of the model file and of all files of external data that it names."""
+    files = {Path(t.path) for _, t in _tensors(ir.load(path)) if isinstance(t, ir.ExternalTensor)}
+    return path.stat().st_size + sum(file.stat().st_size for file in files)
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -26,7 +26,7 @@ class Context:
     Attributes:
         target: where the model will run.
         scheme: which numbers it will use.
-        data: calibration data.
+        data: calibration data; None only for pipelines that plan without it.
         folder: where the model's external tensors lie, None when it has none.
         observer: name of the observer, None for each spec's own.
         budget: bytes that the observed values of one run may take.
@@ -37,7 +37,7 @@ class Context:
 
     target: Target
     scheme: Scheme
-    data: Dataset
+    data: Dataset | None
     folder: Path | None = None
     observer: str | None = None
     budget: int = DEFAULT_BUDGET
@@ -69,7 +69,9 @@ class Pipeline(ir.passes.Sequential):
             model = result.model
             modified |= result.modified
             after = _operators(model)
-            delta = {op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]}
+            delta = {
+                op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]
+            }
             self.steps.append(Step(name, seconds, delta))
         return ir.passes.PassResult(model, modified)
 

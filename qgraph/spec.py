@@ -52,12 +52,13 @@ class QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """The specs of a layer's activations, weight and bias."""
+    """The specs of a layer's activations, weight and bias, and the pipeline that brings a model into them."""
 
     name: str
     activation: QuantSpec
     weight: QuantSpec
     bias: QuantSpec
+    pipeline: str = "static"
 
 
 BIAS = QuantSpec(INT32, PerAxis(0), symmetric=True, observer="minmax")

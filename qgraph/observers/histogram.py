@@ -105,9 +105,7 @@ def _merge_near_zero(bins: Bins, step: float) -> Bins:
         (bins.count[inner] * (bins.low[inner] ** 2 + bins.low[inner] * bins.high[inner] + bins.high[inner] ** 2)).sum()
     )
     h = np.sqrt(moment / count)
-    return Bins(
-        np.append(bins.low[keep], 0.0), np.append(bins.high[keep], h), np.append(bins.count[keep], count)
-    )
+    return Bins(np.append(bins.low[keep], 0.0), np.append(bins.high[keep], h), np.append(bins.count[keep], count))
 
 
 def mean_squared_error(bins: Bins, qparams: QParams) -> float:

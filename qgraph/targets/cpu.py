@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qgraph.errors import OptionError
 from qgraph.formats import INT8, UINT8, Format, Int
 from qgraph.spec import BIAS, PerAxis, QuantSpec, Scheme
-from qgraph.targets import cpu_kernels
+from qgraph.targets import cpu_costs, cpu_kernels
 from qgraph.targets.base import Kernel, Refusal, Target
 
 __all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
@@ -54,11 +54,11 @@ class Cpu(Target):
 
     def quantize_cost(self, value: ir.Value) -> float:
         """QuantizeLinear, and the way out of the blocked float layout for images."""
-        return cpu_kernels.boundary_cost(value, to_integer=True)
+        return cpu_costs.boundary(value, to_integers=True)
 
     def dequantize_cost(self, value: ir.Value) -> float:
         """DequantizeLinear, and the way into the blocked float layout for images."""
-        return cpu_kernels.boundary_cost(value, to_integer=False)
+        return cpu_costs.boundary(value, to_integers=False)
 
 
 def x86_vnni() -> Cpu:
@@ -97,5 +97,3 @@ def _has_vnni() -> bool:
     except OSError:
         return False
     return "avx512_vnni" in flags or "avx_vnni" in flags
-
-

@@ -1,29 +1,31 @@
-"""Estimated time of operators on ONNX Runtime's CPU provider, one thread of an AVX512-VNNI core.
+"""Estimated time of operators on ONNX Runtime's CPU provider, one thread of an AVX512-VNNI core, in seconds.
 
-The constants are fits to single-operator chains (repeat with `python tools/measure_kernels.py`). They serve to choose
-which nodes are worth an integer kernel, where only ratios between them matter; what is written is measured afterwards.
+The constants are fits, to within about 10 % in float and 15 % in integers, of per-node times inside chains of operators
+(onnxruntime 1.31.1, Zen 4; `python tools/measure_kernels.py` measures them again). They serve to choose which nodes
+are worth an integer kernel, where only ratios between them matter; what is written is measured afterwards.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import onnx_ir as ir
 
 from qgraph import graph
 
-__all__ = ["conv", "elementwise", "matmul", "positions"]
+__all__ = ["Cost", "boundary", "conv", "elementwise", "elements", "matmul"]
 
-_GUESS_ELEMENTS = 100_000
-_GUESS_ROWS = 64
+_NS = 1e-9
+_GUESS_ELEMENTS = 50_000
+_GUESS_POSITIONS = 784
 
-CALL = 2e-6
-"""Fixed time of one more node."""
-FLOAT_MAC = 1 / 52e9
-INTEGER_MAC = 1 / 200e9
 
-Seconds = tuple[float, float]
-"""(in float, in integers)"""
+class Cost(NamedTuple):
+    """Seconds of one node."""
+
+    in_float: float
+    in_integers: float
 
 
 def elements(value: ir.Value | None) -> int:
@@ -31,42 +33,69 @@ def elements(value: ir.Value | None) -> int:
     return graph.element_count(value) or _GUESS_ELEMENTS
 
 
-def positions(value: ir.Value | None) -> int:
+def _positions(output: ir.Value | None) -> int:
     """Batch x spatial positions of an NCHW value, or a guess."""
-    shape = graph.run_shape(value)
-    return _GUESS_ROWS if shape is None or len(shape) < 2 else max(1, math.prod(shape) // max(1, shape[1]))
+    shape = graph.run_shape(output)
+    if shape is None or len(shape) < 2:
+        return _GUESS_POSITIONS
+    return max(1, math.prod(shape) // max(1, shape[1]))
 
 
-def conv(output: ir.Value, weight: tuple[int, ...], groups: int) -> Seconds:
-    """Convolution with `weight` [out, in / groups, kernel...]."""
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def conv(output: ir.Value, weight: tuple[int, ...], groups: int) -> Cost:
+    """Convolution with `weight` [out, in / groups, kernel...].
+
+    Float runs in blocks of 16 channels. The fast integer path needs 16 output channels (4 input channels) at a time;
+    a depthwise one pays for each position, whatever its channels; very few input channels make it gather bytes.
+    """
     out_channels, per_group = weight[0], weight[1]
-    kernel = math.prod(weight[2:])
-    where = positions(output)
-    macs = where * out_channels * per_group * kernel
-    size = where * out_channels
-    if groups == 1:
-        channels = per_group
-        if channels < 8:
-            # The blocked float kernel has a special path for images; the integer one gathers columns of few bytes.
-            return macs * FLOAT_MAC * 1.3 + CALL, macs * FLOAT_MAC * 1.3 / 0.6 + CALL
-        return macs * FLOAT_MAC + CALL, macs * INTEGER_MAC + size * 0.15e-9 + CALL
-    if per_group == 1:
-        return macs * 0.045e-9 + CALL, macs * 0.047e-9 + size * 0.1e-9 + CALL
-    return macs * FLOAT_MAC + CALL, macs * FLOAT_MAC * 4 + CALL
+    area = math.prod(weight[2:])
+    where = _positions(output)
+    size, taps = where * out_channels, where * area
+    if groups == 1 and per_group >= 16:
+        in_float = 3000 + 0.0180 * taps * _up(per_group, 16) * _up(out_channels, 16)
+        in_integers = 8500 + 0.5 * taps * (area > 1) + 0.096 * size
+        in_integers += 0.0044 * taps * _up(out_channels, 16) * _up(per_group, 4) + 3.5 * where * (out_channels % 16 > 0)
+    elif groups == 1:
+        in_float = 3500 + 0.0195 * taps * per_group * _up(out_channels, 16)
+        in_integers = 8000 + 1.6 * taps if per_group >= 4 else 9000 + 1.7 * taps + 0.35 * size
+        # what the gathering leaves to be multiplied
+        in_integers += 0.0044 * taps * _up(out_channels, 16) * _up(per_group, 4)
+    elif per_group == 1:
+        in_float = 4800 + size * (0.022 * area + 0.038)
+        if out_channels % 16 == 0:
+            in_integers = 7000 + 0.80 * taps + size * (0.0253 * area + 0.10)
+        else:
+            in_integers = 5400 + 1.22 * taps + 0.65 * size
+    else:
+        macs = taps * out_channels * per_group
+        in_float = 3000 + macs / (58 if per_group >= 16 else 18 if per_group >= 8 else 13)
+        in_integers = 5000 + macs / 210 + where * groups * (40 if area > 1 else 18)
+    return Cost(in_float * _NS, in_integers * _NS)
 
 
-def matmul(rows: int, inner: int, columns: int) -> Seconds:
-    """[rows, inner] x [inner, columns] with constant right side, float out."""
+def matmul(rows: int, inner: int, columns: int) -> Cost:
+    """[rows, inner] x [inner, columns] with a constant right side. One row is bound by the weights' bytes."""
     macs = rows * inner * columns
-    weights = inner * columns
-    # With few rows the weights' bytes bound both.
-    return (
-        max(macs * FLOAT_MAC, weights * 0.12e-9) + CALL,
-        max(macs * INTEGER_MAC, weights * 0.035e-9) + CALL,
-    )
+    if rows == 1:
+        return Cost((1700 + macs / 19.8) * _NS, (3900 + macs / 58) * _NS)
+    return Cost((2000 + macs / 53) * _NS, (3800 + macs / 203) * _NS)
 
 
-def elementwise(output: ir.Value, float_ns: float, integer_ns: float) -> Seconds:
-    """An operator whose time is proportional to its output's elements."""
-    size = elements(output)
-    return size * float_ns * 1e-9 + CALL, size * integer_ns * 1e-9 + CALL
+def elementwise(sized: ir.Value | None, in_float: float, in_integers: float) -> Cost:
+    """An operator whose time is proportional to the elements of `sized`; nanoseconds for each."""
+    count = elements(sized)
+    return Cost((2000 + count * in_float) * _NS, (2500 + count * in_integers) * _NS)
+
+
+def boundary(value: ir.Value, to_integers: bool) -> float:
+    """Seconds to cross between float and integers; for images the change of layout included."""
+    shape = graph.run_shape(value)
+    if shape is None or len(shape) == 4:
+        fixed, each = (6000, 0.25) if to_integers else (5600, 0.26)
+    else:
+        fixed, each = (2000, 0.125) if to_integers else (2000, 0.11)
+    return (fixed + elements(value) * each) * _NS

@@ -17,7 +17,7 @@ from qgraph.spec import PerAxis, Scheme
 from qgraph.targets import cpu_costs as costs
 from qgraph.targets.base import Kernel, Output, Refusal
 
-__all__ = ["boundary_cost", "find"]
+__all__ = ["find"]
 
 _Entry = Callable[[ir.Node, Scheme], "Kernel | Refusal"]
 
@@ -32,14 +32,6 @@ def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     if entry is None:
         return Refusal(_NO_KERNEL.format(node.op_type))
     return entry(node, scheme)
-
-
-def boundary_cost(value: ir.Value, to_integer: bool) -> float:
-    """Seconds to cross between float and integers, layout changes of images included."""
-    shape = graph.run_shape(value)
-    image = shape is None or len(shape) == 4
-    per_element = (0.5 if to_integer else 0.6) if image else (0.12 if to_integer else 0.2)
-    return costs.elements(value) * per_element * 1e-9 + costs.CALL
 
 
 def _float_activation(value: ir.Value | None) -> Refusal | None:
@@ -74,15 +66,15 @@ def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     shape = graph.run_shape(weight) or ()
     if len(shape) not in (3, 4):
         return Refusal(f"integer convolution is not known to pay in {len(shape) - 2} dimensions")
-    slow, fast = costs.conv(node.outputs[0], shape, graph.attribute_int(node, "group", 1))
+    cost = costs.conv(node.outputs[0], shape, graph.attribute_int(node, "group", 1))
     return Kernel(
         ("QLinearConv",),
         {0: scheme.activation},
         weight=(1, replace(scheme.weight, granularity=PerAxis(0))),
         bias=2 if bias is not None else None,
         result=scheme.activation,
-        float_seconds=slow,
-        integer_seconds=fast,
+        float_seconds=cost.in_float,
+        integer_seconds=cost.in_integers,
     )
 
 
@@ -96,14 +88,14 @@ def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     shape = graph.run_shape(right) or ()
     if len(shape) != 2:
         return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
-    slow, fast = costs.matmul(_rows(left, shape[0]), shape[0], shape[1])
+    cost = costs.matmul(_rows(left, shape[0]), shape[0], shape[1])
     return Kernel(
         ("MatMulIntegerToFloat", "QLinearMatMul"),
         {0: scheme.activation},
         weight=(1, replace(scheme.weight, granularity=PerAxis(1))),
         output=Output.FLOAT,
-        float_seconds=slow,
-        integer_seconds=fast,
+        float_seconds=cost.in_float,
+        integer_seconds=cost.in_integers,
     )
 
 
@@ -133,15 +125,15 @@ def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
             return Refusal("beta is not 1")
         if math.prod(graph.run_shape(bias) or ()) != columns:
             return Refusal("the bias is not one number per column")
-    slow, fast = costs.matmul(_rows(left, inner), inner, columns)
+    cost = costs.matmul(_rows(left, inner), inner, columns)
     return Kernel(
         ("QGemm",),
         {0: scheme.activation},
         weight=(1, replace(scheme.weight, granularity=PerAxis(0 if transposed else 1))),
         bias=2 if bias is not None else None,
         output=Output.FLOAT,
-        float_seconds=slow,
-        integer_seconds=fast,
+        float_seconds=cost.in_float,
+        integer_seconds=cost.in_integers,
     )
 
 
@@ -155,9 +147,11 @@ def _binary(kernel: str, float_ns: float, integer_ns: float) -> _Entry:
                 return refusal
             if graph.has_constant(value) or (value is not None and value.is_initializer()):
                 return Refusal("one side is a constant; the integer kernel was measured on two activations only")
-        slow, fast = costs.elementwise(node.outputs[0], float_ns, integer_ns)
+        cost = costs.elementwise(node.outputs[0], float_ns, integer_ns)
         spec = scheme.activation
-        return Kernel((kernel,), {0: spec, 1: spec}, result=spec, float_seconds=slow, integer_seconds=fast)
+        return Kernel(
+            (kernel,), {0: spec, 1: spec}, result=spec, float_seconds=cost.in_float, integer_seconds=cost.in_integers
+        )
 
     return entry
 
@@ -170,15 +164,16 @@ def _unary(kernel: str, float_ns: float, integer_ns: float, per_input: bool = Fa
         if refusal is not None:
             return refusal
         sized = node.inputs[0] if per_input and node.inputs[0] is not None else node.outputs[0]
-        slow, fast = costs.elementwise(sized, float_ns, integer_ns)
+        cost = costs.elementwise(sized, float_ns, integer_ns)
         spec = scheme.activation
-        return Kernel((kernel,), {0: spec}, result=spec, float_seconds=slow, integer_seconds=fast)
+        return Kernel((kernel,), {0: spec}, result=spec, float_seconds=cost.in_float, integer_seconds=cost.in_integers)
 
     return entry
 
 
-def _moves(float_ns: float, integer_ns: float, *operators: str, condition: Callable[[ir.Node], str | None] | None = None
-           ) -> _Entry:
+def _moves(
+    float_ns: float, integer_ns: float, *operators: str, condition: Callable[[ir.Node], str | None] | None = None
+) -> _Entry:
     """An operator that only moves codes: input and output share their parameters."""
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
@@ -190,14 +185,14 @@ def _moves(float_ns: float, integer_ns: float, *operators: str, condition: Calla
             return Refusal(why)
         if len(node.outputs) > 1 and node.op_type != "Split":
             return Refusal("the integer kernel has one output")
-        slow, fast = costs.elementwise(node.outputs[0], float_ns, integer_ns)
+        cost = costs.elementwise(node.outputs[0], float_ns, integer_ns)
         return Kernel(
             operators or (node.op_type,),
             {0: scheme.activation},
             result=scheme.activation,
             shares=True,
-            float_seconds=slow,
-            integer_seconds=fast,
+            float_seconds=cost.in_float,
+            integer_seconds=cost.in_integers,
         )
 
     return entry
@@ -210,15 +205,15 @@ def _concat(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
             refusal = Refusal("joins a constant")
         if refusal is not None:
             return refusal
-    slow, fast = costs.elementwise(node.outputs[0], 0.3, 0.12)
+    cost = costs.elementwise(node.outputs[0], 0.10, 0.04)
     spec = scheme.activation
     return Kernel(
         ("QLinearConcat", "Concat"),
-        {i: spec for i in range(len(node.inputs))},
+        dict.fromkeys(range(len(node.inputs)), spec),
         result=spec,
         shares=True,
-        float_seconds=slow,
-        integer_seconds=fast,
+        float_seconds=cost.in_float,
+        integer_seconds=cost.in_integers,
     )
 
 
@@ -232,25 +227,37 @@ def _image_pool(node: ir.Node) -> str | None:
     return None if shape is None or len(shape) == 4 else "the integer pool is known for images only"
 
 
+def _resize(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    # With rounding down the runtime has a fast float copy; the other modes are slow in both.
+    rounding = node.attributes.get("nearest_mode")
+    fast = rounding is not None and rounding.as_string() == "floor"
+    return _moves(0.08 if fast else 0.72, 0.85, condition=_resize_condition)(node, scheme)
+
+
+def _softmax(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    return Refusal("the integer Softmax is several times slower, and eight bits are too few for its output")
+
+
 _TABLE: dict[str, _Entry] = {
     "Conv": _conv,
     "MatMul": _matmul,
     "Gemm": _gemm,
-    "Add": _binary("QLinearAdd", 0.25, 0.25),
-    "Mul": _binary("QLinearMul", 0.25, 0.35),
+    "Add": _binary("QLinearAdd", 0.15, 0.14),
+    "Mul": _binary("QLinearMul", 0.16, 0.21),
     "Concat": _concat,
-    "Sigmoid": _unary("QLinearSigmoid", 0.8, 0.5),
-    "LeakyRelu": _unary("QLinearLeakyRelu", 0.25, 0.4),
-    "GlobalAveragePool": _unary("QLinearGlobalAveragePool", 0.25, 0.1, per_input=True),
-    "AveragePool": _unary("QLinearAveragePool", 1.0, 3.0),
-    "MaxPool": _moves(1.5, 1.0, "MaxPool", "NhwcMaxPool", condition=_image_pool),
-    "Resize": _moves(0.6, 0.8, condition=_resize_condition),
-    "Transpose": _moves(0.8, 0.25),
-    "Reshape": _moves(0.05, 0.02),
-    "Flatten": _moves(0.05, 0.02, "Flatten", "Reshape"),
-    "Squeeze": _moves(0.05, 0.02, "Squeeze", "Reshape"),
-    "Unsqueeze": _moves(0.05, 0.02, "Unsqueeze", "Reshape"),
-    "Slice": _moves(0.3, 0.15),
-    "Split": _moves(0.3, 0.15),
-    "DepthToSpace": _moves(0.8, 0.5),
+    "Sigmoid": _unary("QLinearSigmoid", 0.29, 0.24),
+    "LeakyRelu": _unary("QLinearLeakyRelu", 0.40, 0.24),
+    "GlobalAveragePool": _unary("QLinearGlobalAveragePool", 0.06, 0.04, per_input=True),
+    "AveragePool": _unary("QLinearAveragePool", 0.24, 4.5),
+    "Softmax": _softmax,
+    "MaxPool": _moves(0.27, 0.24, "MaxPool", "NhwcMaxPool", condition=_image_pool),
+    "Resize": _resize,
+    "Transpose": _moves(0.40, 0.11),
+    "Reshape": _moves(0.02, 0.01),
+    "Flatten": _moves(0.02, 0.01, "Flatten", "Reshape"),
+    "Squeeze": _moves(0.02, 0.01, "Squeeze", "Reshape"),
+    "Unsqueeze": _moves(0.02, 0.01, "Unsqueeze", "Reshape"),
+    "Slice": _moves(0.20, 0.09, "Slice", "Split"),
+    "Split": _moves(0.25, 0.11),
+    "DepthToSpace": _moves(2.5, 1.7),
 }

@@ -1,0 +1,175 @@
+"""The command line: thin click commands, no logic. Every error of qgraph's is one message and exit code 1."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import qgraph
+from qgraph import bench as timing
+from qgraph import data as sources
+from qgraph import inspection, modelio, observers, registry, terminal
+from qgraph.compare import Runnable
+from qgraph.compare import compare as compare_models
+from qgraph.errors import QGraphError
+
+__all__ = ["main"]
+
+_DATA_HELP = (
+    ".npz (arrays under the inputs' names, samples along axis 0), .npy, a folder of them, a folder of ONNX "
+    "test_data_set_* folders, or package.module:function that returns feeds."
+)
+_MODEL = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """A group whose errors are messages, and that names the nearest command to an unknown one."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except QGraphError as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            raise click.ClickException("Interrupted; nothing was written.") from None
+        except MemoryError:
+            raise click.ClickException("Out of memory. Lower --memory, or use fewer or smaller samples.") from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(qgraph.__version__, prog_name="qgraph")
+def main() -> None:
+    """Quantize ONNX models so that they run fast, small and faithfully on ONNX Runtime."""
+
+
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """--target."""
+
+    @click.option("--target", default="cpu", show_default=True, help="Where the model will run; see `qgraph targets`.")
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        command(*args, **kwargs)
+
+    return wrapped
+
+
+@main.command()
+@click.argument("model", type=_MODEL)
+@click.argument("output", type=_MODEL)
+@click.option("--data", required=True, help="Calibration data: " + _DATA_HELP)
+@click.option("--eval", "evaluation", help="Data to compare on; by default a part of --data is held back for it.")
+@_common
+@click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
+@click.option("--observer", help=f"How ranges are chosen: {', '.join(observers.OBSERVERS)}.  [default: histogram]")
+@click.option("--keep-float", multiple=True, metavar="PATTERN", help="Node name pattern or operator; repeatable.")
+@click.option(
+    "--memory",
+    default=256,
+    show_default=True,
+    metavar="MB",
+    type=click.IntRange(1),
+    help="What the observed values of one calibration run may take.",
+)
+@click.option("--save-ranges", type=_MODEL, help="Save the observed statistics here.")
+@click.option("--ranges", type=_MODEL, help="Use saved statistics of this model instead of observing --data.")
+@click.option(
+    "--bench-seconds",
+    default=4.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Time to measure speed, for each number of threads; 0 to skip.",
+)
+@click.option("--force", is_flag=True, help="Write the result even if it is slower than the model.")
+@click.option("--report", "report_path", type=_MODEL, help="Write everything that was decided and measured as JSON.")
+def optimize(model: Path, output: Path, data: str, evaluation: str | None, report_path: Path | None, memory: int,
+             keep_float: tuple[str, ...], **options: Any) -> None:  # fmt: skip
+    """Quantize MODEL, prove the result on the runtime, and write it to OUTPUT."""
+    console = Console()
+    with terminal.progress(console) as progress:
+        result = qgraph.optimize(
+            model,
+            output,
+            data=data,
+            evaluation=evaluation,
+            options=qgraph.Options(memory=memory << 20, keep_float=keep_float, **options),
+            progress=progress,
+        )
+    if report_path is not None:
+        result.report.save(report_path)
+    terminal.show_report(console, result.report)
+
+
+@main.command()
+@click.argument("model", type=_MODEL)
+@_common
+@click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
+@click.option("--data", help="Data whose first sample tells the sizes of dynamic dimensions: " + _DATA_HELP)
+def inspect(model: Path, target: str, scheme: str, data: str | None) -> None:
+    """Show MODEL's operators and sizes, what would be quantized, and why the rest would not."""
+    terminal.show_inspection(Console(), model, inspection.inspect(model, target, scheme, data))
+
+
+@main.command()
+@click.argument("original", type=_MODEL)
+@click.argument("other", type=_MODEL)
+@click.option("--data", required=True, help=_DATA_HELP)
+@_common
+def validate(original: Path, other: Path, data: str, target: str) -> None:
+    """Compare the outputs of OTHER with those of ORIGINAL on data."""
+    inputs = sources.inputs_of(modelio.read(original))
+    modelio.read(other)
+    options = registry.target(target).options()
+    found = compare_models(Runnable(original), Runnable(other), sources.load(data, inputs), options)
+    terminal.show_fidelity(Console(), found)
+
+
+@main.command()
+@click.argument("first", type=_MODEL)
+@click.argument("second", type=_MODEL)
+@click.option("--data", required=True, help=_DATA_HELP)
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0.1), help="For each thread count.")
+@click.option("--threads", multiple=True, type=click.IntRange(1), help="Repeatable.  [default: 1 and all cores]")
+@_common
+def bench(first: Path, second: Path, data: str, seconds: float, threads: tuple[int, ...], target: str) -> None:
+    """Time SECOND against FIRST in alternating blocks, one live session at a time."""
+    inputs = sources.inputs_of(modelio.read(first))
+    modelio.read(second)
+    feeds = sources.load(data, inputs).first().feeds
+    options = registry.target(target).options()
+    console = Console()
+    with terminal.progress(console) as progress:
+        speeds = [
+            timing.alternate(Runnable(first), Runnable(second), feeds, options, count, seconds,
+                             functools.partial(progress, f"timing on {count} threads"))
+            for count in threads or sorted({1, timing.all_threads()})
+        ]  # fmt: skip
+    terminal.show_speed(console, speeds)
+
+
+@main.command()
+def targets() -> None:
+    """List the targets."""
+    table = Table("target", "what it is", "provider", "schemes", box=None, padding=(0, 2))
+    for name in registry.targets():
+        target = registry.target(name)
+        mine = f" (here: {target.name})" if target.name != name else ""
+        table.add_row(name + mine, target.description, target.provider, ", ".join(target.schemes))
+    Console().print(table)
+
+
+@main.command()
+def passes() -> None:
+    """List the passes and pipelines."""
+    table = Table("pass", "what it does", box=None, padding=(0, 2))
+    for name, line in registry.passes().items():
+        table.add_row(name, line)
+    console = Console()
+    console.print(table)
+    console.print(f"pipelines: {', '.join(registry.pipelines())}")

@@ -1,0 +1,170 @@
+"""How faithful is a model to another? Outputs on data, and inner values to point at the culprit."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import graph
+from qgraph.data import Dataset
+from qgraph.errors import DataError
+from qgraph.report import Fidelity, Layer, OutputError
+from qgraph.session import Session, SessionOptions
+
+__all__ = ["Runnable", "compare", "layer_errors"]
+
+_LAYER_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Runnable:
+    """A model that can be run: a file, or an IR whose external tensors lie in `folder`."""
+
+    model: Path | ir.Model
+    folder: Path | None = None
+
+    def session(self, options: SessionOptions) -> Session:
+        """Load it."""
+        return Session(self.model, options, self.folder)
+
+
+class _Error:
+    """Running sums of one output's error."""
+
+    def __init__(self) -> None:
+        self.signal = self.noise = self.largest = self.cosines = 0.0
+        self.samples = self.same = 0
+        self.classes = True
+
+    def add(self, a: NDArray[Any], b: NDArray[Any]) -> None:
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        difference = x - y
+        self.signal += float(np.square(x).sum())
+        self.noise += float(np.square(difference).sum())
+        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
+        rows = x.shape[0] if x.ndim else 1
+        x, y = x.reshape(rows, -1), y.reshape(rows, -1)
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        same = np.all(x == y, axis=1)
+        self.cosines += float(np.where(same, 1.0, (x * y).sum(axis=1) / np.where(norms > 0, norms, 1.0)).sum())
+        self.samples += rows
+        if a.ndim == 2 and a.shape[1] > 1:
+            self.same += int((x.argmax(axis=1) == y.argmax(axis=1)).sum())
+        else:
+            self.classes = False
+
+    def result(self) -> OutputError:
+        return OutputError(
+            decibels(self.signal, self.noise),
+            self.cosines / max(1, self.samples),
+            self.largest,
+            self.same / self.samples if self.classes and self.samples else None,
+        )
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite without noise, not a number for NaN."""
+    if noise == 0.0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def compare(
+    original: Runnable, other: Runnable, data: Dataset, options: SessionOptions, held_back: bool = True
+) -> Fidelity:
+    """Run both models on `data`, one live session at a time, and compare their outputs.
+
+    The original's outputs wait on disk, not in memory, so the size of the data does not matter.
+
+    Raises:
+        DataError: the outputs differ in name or shape.
+        ExecutionError: a model cannot be loaded or run.
+    """
+    import tempfile
+
+    errors: dict[str, _Error] = {}
+    count = 0
+    with tempfile.TemporaryDirectory(prefix="qgraph-compare-") as name:
+        folder = Path(name)
+        with original.session(options) as session:
+            for count, batch in enumerate(data, 1):
+                outputs = {k: v for k, v in session.run(batch.feeds).items() if _is_numeric(v)}
+                np.savez(folder / f"{count}.npz", **{f"o{i}": v for i, v in enumerate(outputs.values())})
+                names = list(outputs)
+        with other.session(options) as session:
+            if set(session.outputs) != set(original_names := names) and not set(names) <= set(session.outputs):
+                raise DataError(
+                    f"The models' outputs differ: {', '.join(original_names)} against {', '.join(session.outputs)}."
+                )
+            for number, batch in enumerate(data, 1):
+                results = session.run(batch.feeds)
+                with np.load(folder / f"{number}.npz") as stored:
+                    for i, key in enumerate(names):
+                        expected = stored[f"o{i}"]
+                        if expected.shape != results[key].shape:
+                            raise DataError(f"Output {key!r} has shapes {expected.shape} and {results[key].shape}.")
+                        errors.setdefault(key, _Error()).add(expected, results[key])
+    return Fidelity(count, held_back, {key: error.result() for key, error in errors.items()})
+
+
+def _is_numeric(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+
+
+def layer_errors(
+    original: Runnable, quantized: ir.Model, folder: Path | None, data: Dataset, options: SessionOptions
+) -> list[Layer]:
+    """SQNR of every quantized activation against the original's value of the same name, on the first batch.
+
+    Args:
+        original: the float model.
+        quantized: its quantized form, QuantizeLinear nodes named after the values they quantize.
+        folder: where the quantized model's external tensors lie.
+        data: one batch of it is run.
+        options: session options.
+    """
+    source = original.model if isinstance(original.model, ir.Model) else ir.load(original.model)
+    known = {v.name for node in source.graph for v in node.outputs if v.name}
+    probe = quantized.clone()
+    pairs: dict[str, ir.Value] = {}
+    ops: dict[str, str] = {}
+    for node in probe.graph:
+        if node.op_type != "QuantizeLinear" or node.inputs[1] is None:
+            continue
+        base = str(node.inputs[1].name).removesuffix("_scale")
+        readers = [reader for reader in node.outputs[0].consumers() if reader.op_type == "DequantizeLinear"]
+        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if base in known and readers and maker is not None and graph.is_float(node.inputs[0]):
+            pairs.setdefault(base, readers[0].outputs[0])
+            ops.setdefault(base, maker.op_type)
+    names, size = [], 0
+    for base, value in pairs.items():
+        size += 4 * (graph.element_count(value) or 0)
+        if size > _LAYER_BYTES:
+            break
+        names.append(base)
+    if not names:
+        return []
+    feeds = data.first().feeds
+    reference = source.clone()
+    twins = {v.name: v for node in reference.graph for v in node.outputs if v.name in pairs}
+    reference.graph.outputs.clear()
+    reference.graph.outputs.extend(twins[name] for name in names)
+    where = original.folder if isinstance(original.model, ir.Model) else original.model.parent
+    with Session(reference, options, where) as session:
+        expected = session.run(feeds)
+    probe.graph.outputs.clear()
+    probe.graph.outputs.extend(pairs[name] for name in names)
+    with Session(probe, options, folder) as session:
+        results = session.run(feeds)
+    layers: list[Layer] = []
+    for name in names:
+        x = expected[name].astype(np.float64)
+        noise = float(np.square(x - results[str(pairs[name].name)]).sum())
+        layers.append(Layer(name, ops[name], decibels(float(np.square(x).sum()), noise)))
+    return layers

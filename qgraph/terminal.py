@@ -1,0 +1,175 @@
+"""What a person sees in a terminal: summaries of reports, drawn with rich."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from qgraph.inspection import Inspection
+from qgraph.report import Fidelity, NodeReport, Report, Speed
+
+__all__ = ["progress", "show_fidelity", "show_inspection", "show_report", "show_speed", "size"]
+
+_MOST_REASONS = 8
+_QUIET_SECONDS = 2.0
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _grid(*justify: str) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for side in justify:
+        table.add_column(justify="right" if side == "r" else "left")
+    return table
+
+
+def _ratio(ratio: float) -> Text:
+    word = "faster" if ratio >= 1 else "slower"
+    return Text(f"{ratio:.2f}x {word}", style="bold green" if ratio >= 1 else "bold red")
+
+
+def _decibels(value: float) -> str:
+    return "identical" if value == float("inf") else f"{value:.1f} dB"
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The summary after `optimize`."""
+    head = Text.assemble((str(report.output or "the result"), "bold"), f"  from {report.source}")
+    console.print(head)
+    console.print(
+        f"target {report.target}, scheme {report.scheme}, {report.runtime}, "
+        f"{report.calibration_samples} calibration runs, {report.seconds:.1f} s",
+        style="dim",
+    )
+    console.print()
+    table = _grid("l", "r", "r", "l")
+    table.add_row("", Text("before", style="dim"), Text("after", style="dim"), "")
+    if report.before is not None and report.after is not None:
+        smaller = report.before.disk / max(1, report.after.disk)
+        table.add_row("size", size(report.before.disk), size(report.after.disk), f"{smaller:.2f}x smaller")
+        table.add_row("memory", size(report.before.resident), size(report.after.resident), "resident, to load and run")
+        table.add_row("load", _milliseconds(report.before.load_seconds), _milliseconds(report.after.load_seconds), "")
+    for speed in report.speed:
+        table.add_row(*_speed_row(speed))
+    console.print(table)
+    if report.fidelity is not None:
+        console.print()
+        show_fidelity(console, report.fidelity)
+    console.print()
+    _show_nodes(console, report.nodes)
+    for note in report.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+
+
+def _speed_row(speed: Speed) -> tuple[RenderableType, ...]:
+    spread = f"  {speed.ratio_low:.2f} to {speed.ratio_high:.2f} in {speed.blocks} pairs of blocks"
+    return (
+        f"{speed.threads} thread{'s' * (speed.threads > 1)}",
+        _milliseconds(speed.before.median),
+        _milliseconds(speed.after.median),
+        Text.assemble(_ratio(speed.ratio), (spread, "dim")),
+    )
+
+
+def show_speed(console: Console, speeds: list[Speed]) -> None:
+    """The table of `bench`."""
+    table = _grid("l", "r", "r", "l")
+    table.add_row("", Text("first", style="dim"), Text("second", style="dim"), "")
+    for speed in speeds:
+        table.add_row(*_speed_row(speed))
+    console.print(table)
+
+
+def show_fidelity(console: Console, fidelity: Fidelity) -> None:
+    """The table of `validate`."""
+    table = _grid("l", "r", "r", "r", "r")
+    heads = ("output", "SQNR", "cosine", "max error", "same top-1")
+    table.add_row(*(Text(head, style="dim") for head in heads))
+    for name, error in fidelity.outputs.items():
+        same = "" if error.agreement is None else f"{error.agreement:.2%}"
+        table.add_row(Text(name), _decibels(error.sqnr), f"{error.cosine:.6f}", f"{error.max_error:.3g}", same)
+    console.print(table)
+    apart = "" if fidelity.held_back else ", which calibration has seen"
+    console.print(f"on {fidelity.samples} runs{apart}", style="dim")
+    if fidelity.layers:
+        worst = sorted(fidelity.layers, key=lambda layer: layer.sqnr)[:3]
+        listing = ", ".join(f"{layer.value} ({layer.op_type}, {_decibels(layer.sqnr)})" for layer in worst)
+        console.print(Text(f"least faithful inside: {listing}", style="dim"))
+
+
+def _show_nodes(console: Console, nodes: list[NodeReport]) -> None:
+    integer = Counter(f"{n.op_type} as {n.kernel}" if n.kernel != n.op_type else n.op_type for n in nodes if n.kernel)
+    listing = ", ".join(f"{count} {what}" for what, count in integer.most_common())
+    console.print(Text.assemble((f"{sum(integer.values())} nodes in integers: ", "bold"), listing or "none"))
+    reasons = Counter((n.op_type, n.reason or "") for n in nodes if n.kernel is None)
+    console.print(Text(f"{sum(reasons.values())} nodes in float:", style="bold"))
+    table = _grid("r", "l", "l")
+    for (op_type, reason), count in reasons.most_common(_MOST_REASONS):
+        table.add_row(str(count), op_type, Text(reason))
+    rest = sum(count for _, count in reasons.most_common()[_MOST_REASONS:])
+    if rest:
+        table.add_row(str(rest), "others", Text("see the report (--report FILE)", style="dim"))
+    console.print(table)
+
+
+def show_inspection(console: Console, path: Path, found: Inspection) -> None:
+    """The summary of `inspect`."""
+    console.print(Text(str(path), style="bold"))
+    console.print(
+        f"opset {found.opset}, IR {found.ir_version}, {size(found.disk)} on disk, {size(found.weights)} of weights",
+        style="dim",
+    )
+    table = _grid("l", "l", "l")
+    for kind, values in (("input", found.inputs), ("output", found.outputs)):
+        for name, words in values.items():
+            table.add_row(Text(kind, style="dim"), Text(name), Text(words))
+    listing = ", ".join(f"{count} {op}" for op, count in found.operators.items())
+    console.print(Group(table, Text(""), Text(listing), Text("")))
+    _show_nodes(console, found.nodes)
+    if not found.measured:
+        console.print("Give --data to plan with measured shapes instead of declared ones.", style="dim")
+
+
+@contextlib.contextmanager
+def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar that shows itself once the work has lasted two seconds; quiet where there is no terminal."""
+    bar = Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,
+        transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    start = time.monotonic()
+    task: TaskID | None = None
+
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal task
+        if task is None:
+            if time.monotonic() - start < _QUIET_SECONDS:
+                return
+            bar.start()
+            task = bar.add_task(what, total=None)
+        bar.update(task, description=what, completed=done, total=total or None)
+
+    try:
+        yield update
+    finally:
+        bar.stop()

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import click
 import numpy as np
@@ -52,13 +52,14 @@ BUILDERS: dict[str, Callable[..., ir.Model]] = {
 EVALUATION_OFFSET = 104729
 
 
-def sample_inputs(name: str, count: int, *, seed: int = 0, size: int | None = None) -> Feeds:
+def sample_inputs(name: str, count: int, *, seed: int = 0, size: int | None = None, vocabulary: int = 30522) -> Feeds:
     """`count` seeded samples for the model `name` of `BUILDERS`, stacked along axis 0 of each input.
 
-    `size` is the side of an image (default 224) or the length of a token sequence (default 128).
+    `size` is the side of an image (default 224) or the length of a token sequence (default 128), whose ids lie below
+    `vocabulary`.
     """
     if name == "bert_base":
-        return tokens(count, length=size or 128, seed=seed)
+        return tokens(count, length=size or 128, vocabulary=vocabulary, seed=seed)
     return {"image": images(count, size=size or 224, seed=seed)}
 
 
@@ -101,7 +102,8 @@ def main(
     for part, count, part_seed in parts:
         if count > 0:
             target = path.with_name(f"{path.stem}_{part}.npz")
-            np.savez(target, **sample_inputs(name, count, seed=part_seed, size=size))
+            feeds: dict[str, Any] = dict(sample_inputs(name, count, seed=part_seed, size=size))
+            np.savez(target, **feeds)
             click.echo(f"{target}: {count} samples")
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
+from qgraph.passes.annotate import GROUP
+from qgraph.passes.insert_observers import annotated
 
 from qgraph import calibration
 from qgraph.calibration import OBSERVER
 from qgraph.data import Dataset
 from qgraph.errors import QuantizationError
 from qgraph.observers import Observer
-from qgraph.passes.annotate import GROUP
-from qgraph.passes.insert_observers import annotated
 from qgraph.targets import QPARAMS, SPEC
 
 __all__ = ["Calibrate"]

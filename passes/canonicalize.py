@@ -13,12 +13,13 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
 
 from qgraph.errors import ModelError
-from qgraph.graph import all_graphs
+from qgraph.graph import all_graphs, is_standard
 
 __all__ = ["Canonicalize"]
 
 _QUANTIZE_SINCE = 13
 _FILLERS = ("ConstantOfShape", "Expand", "Tile")
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGE = 1 << 26
 
 
@@ -33,13 +34,15 @@ class Canonicalize(ir.passes.InPlacePass):
         super().__init__()
         self.opset = opset
 
-    def requires(self, model: ir.Model) -> None:
-        """The model must use the default ONNX domain."""
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place.
+
+        Raises:
+            ModelError: the model does not use the default ONNX domain, or its opset is too old and cannot be raised.
+        """
+        # Not in `requires`, whose errors onnx_ir would wrap into its own.
         if "" not in model.graph.opset_imports and "ai.onnx" not in model.graph.opset_imports:
             raise ModelError("The model imports no opset of the default ONNX domain: nothing in it can be quantized.")
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Apply in place."""
         common.InlinePass()(model)
         if all(value.is_graph_input() for value in model.graph.initializers.values()):
             # The habit of old exporters (an obligation before IR 4), which makes none of them a real input. Where
@@ -52,10 +55,10 @@ class Canonicalize(ir.passes.InPlacePass):
             model,
             input_size_limit=1024,
             output_size_limit=_LARGE,
-            should_fold=lambda node: None if _small_output(node) else False,
+            should_fold=_should_fold,
         )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        common.IdentityEliminationPass()(model)
+        _drop_identities(model)
         common.RemoveUnusedNodesPass()(model)
         common.TopologicalSortPass()(model)
         _name_nodes(model)
@@ -64,12 +67,17 @@ class Canonicalize(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _small_output(node: ir.Node) -> bool:
-    """Whether folding `node` cannot blow a small graph up: fillers make weights, all else must stay small."""
-    if node.op_type in _FILLERS:
+def _should_fold(node: ir.Node) -> bool | None:
+    """A filler that makes a layer's weight always, what could blow up a small graph never, else as the folder likes."""
+    output = node.outputs[0] if node.outputs else None
+    if output is None:
+        return None
+    if is_standard(node, *_FILLERS) and any(
+        is_standard(user, *_LAYERS) and position == 1 for user, position in output.uses()
+    ):
         return True
-    shape = node.outputs[0].shape if node.outputs else None
-    return shape is None or not shape.is_static() or ir.Shape(shape).numpy() is None or _count(shape) <= 1 << 18
+    shape = output.shape
+    return None if shape is None or not shape.is_static() or _count(shape) <= 1 << 18 else False
 
 
 def _count(shape: ir.Shape) -> int:
@@ -77,6 +85,18 @@ def _count(shape: ir.Shape) -> int:
     for dim in shape.numpy():
         total *= dim
     return total
+
+
+def _drop_identities(model: ir.Model) -> None:
+    """Identity(x) -> x, but where a graph's output is made by it: the library's pass makes two outputs one there."""
+    for node in list(ir.traversal.RecursiveGraphIterator(model.graph)):
+        source = node.inputs[0] if is_standard(node, "Identity") else None
+        if source is None or node.graph is None or node.outputs[0].is_graph_output():
+            continue
+        if source.shape is None:
+            source.shape = node.outputs[0].shape
+        ir.convenience.replace_all_uses_with(node.outputs[0], source)
+        node.graph.remove(node, safe=True)
 
 
 def _convert(model: ir.Model, opset: int) -> None:

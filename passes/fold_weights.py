@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes import common
+from qgraph.passes.calibrate_weights import WEIGHT
 
 from qgraph import graph
 from qgraph.errors import QuantizationError
-from qgraph.passes.insert_qdq import WEIGHT
 from qgraph.qparams import QParams, quantize
 
 __all__ = ["FoldWeights"]
@@ -22,7 +22,7 @@ class FoldWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
-        folded = [node for node in model.graph if WEIGHT in node.meta]
+        folded = [n for n in model.graph if n.op_type == "QuantizeLinear" and WEIGHT in n.meta]
         for node in folded:
             _fold(model.graph, node)
         common.RemoveUnusedNodesPass()(model)

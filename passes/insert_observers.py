@@ -1,6 +1,6 @@
-"""An empty observer on each annotated value whose range must be seen: one per group of values that share parameters.
+"""An empty observer on each annotated value whose range must be seen, and channel means on the inputs of layers.
 
-Outputs of operators that only move codes are not observed: their values are those of their input.
+Outputs of operators that only move codes have no range of their own: their values are those of their input.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qgraph import observers
-from qgraph.calibration import OBSERVER
+from qgraph.calibration import MEANS, OBSERVER
+from qgraph.observers.channel_mean import ChannelMean
 from qgraph.targets import KERNEL, SPEC, Kernel
 
-__all__ = ["InsertObservers"]
+__all__ = ["InsertObservers", "annotated", "channel_axis"]
 
 
 class InsertObservers(ir.passes.InPlacePass):
-    """Writes `Value.meta["qgraph.observer"]`.
+    """Writes `Value.meta["qgraph.observer"]` and `["qgraph.means"]`.
 
     Args:
         observer: name of the observer for all values; None takes each spec's own.
@@ -32,7 +33,18 @@ class InsertObservers(ir.passes.InPlacePass):
             kernel: Kernel | None = maker.meta.get(KERNEL) if maker is not None else None
             if kernel is None or not kernel.shares:
                 value.meta[OBSERVER] = observers.create(self.observer or value.meta[SPEC].observer)
+        for node in model.graph:
+            planned: Kernel | None = node.meta.get(KERNEL)
+            value = node.inputs[0] if planned is not None and planned.weight is not None else None
+            if value is not None:
+                axis = channel_axis(node)
+                value.meta.setdefault(MEANS, {}).setdefault(axis, ChannelMean(axis))
         return ir.passes.PassResult(model, False)
+
+
+def channel_axis(node: ir.Node) -> int:
+    """Axis of the channels in a layer's input: 1 for convolutions, the last one for products."""
+    return 1 if node.op_type == "Conv" else -1
 
 
 def annotated(graph: ir.Graph) -> list[ir.Value]:

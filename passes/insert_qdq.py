@@ -11,17 +11,14 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from qgraph.passes.annotate import clip_bounds
 
 from qgraph import graph
-from qgraph.qparams import QParams, bias_scale, from_range, limit_accumulator, quantize
-from qgraph.spec import PerAxis, QuantSpec
-from qgraph.passes.annotate import clip_bounds
+from qgraph.passes.calibrate_weights import INPUT, WEIGHT
+from qgraph.qparams import QParams, bias_scale, quantize
 from qgraph.targets import KERNEL, QPARAMS, Kernel, Output
 
-__all__ = ["WEIGHT", "InsertQDQ"]
-
-WEIGHT = "qgraph.weight_qparams"
-"""Key in `Node.meta` of a weight's QuantizeLinear: its QParams."""
+__all__ = ["InsertQDQ"]
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -164,18 +161,17 @@ class _Writer:
         kernel: Kernel = node.meta[KERNEL]
         if kernel.weight is None:
             return
-        position, spec = kernel.weight
+        position, _ = kernel.weight
         weight = node.inputs[position]
-        dequantize = node.inputs[next(iter(kernel.activations))]
-        if weight is None or dequantize is None:
+        params: QParams = node.meta[WEIGHT]
+        if weight is None:
             return
-        activation = _params_of(dequantize)
-        bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
-        bias_array = None if bias is None else np.asarray(graph.constant(bias), np.float64).reshape(-1)
-        params = _weight_params(weight, spec, activation, bias_array)
         node.replace_input_with(position, self._weight(node, weight, params))
-        if bias is not None and bias_array is not None and kernel.bias is not None:
-            node.replace_input_with(kernel.bias, self._bias(node, bias_array, bias_scale(activation, params)))
+        bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
+        if bias is not None and kernel.bias is not None:
+            array = np.asarray(graph.constant(bias), np.float64).reshape(-1)
+            activation: QParams = node.meta[INPUT]
+            node.replace_input_with(kernel.bias, self._bias(node, array, bias_scale(activation, params)))
 
     def _weight(self, node: ir.Node, weight: ir.Value, params: QParams) -> ir.Value:
         """A DequantizeLinear for this reader; the QuantizeLinear is shared by all readers with the same parameters."""
@@ -205,28 +201,3 @@ class _Writer:
 
 def _tail(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs[1:] if value is not None]
-
-
-def _params_of(dequantized: ir.Value) -> QParams:
-    """The parameters of an activation, found through its DequantizeLinear and QuantizeLinear."""
-    reader = dequantized.producer()
-    assert reader is not None and reader.inputs[0] is not None
-    maker = reader.inputs[0].producer()
-    assert maker is not None and maker.inputs[0] is not None
-    params: QParams = maker.inputs[0].meta[QPARAMS]
-    return params
-
-
-def _weight_params(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.float64] | None) -> QParams:
-    """Min-max parameters along the spec's axis, widened where the accumulator could overflow."""
-    array = graph.constant(weight)
-    assert array is not None
-    axis = spec.granularity.axis if isinstance(spec.granularity, PerAxis) else None
-    others = None if axis is None else tuple(i for i in range(array.ndim) if i != axis % array.ndim)
-    low, high = np.min(array, axis=others, initial=0.0), np.max(array, axis=others, initial=0.0)
-    channel_axes = others if others is not None else tuple(range(1, array.ndim))
-    sums = np.abs(array).sum(axis=channel_axes, dtype=np.float64)
-    params = limit_accumulator(activation, from_range(low, high, spec), sums, bias)
-    del array
-    graph.release(weight)
-    return params

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-
-from qgraph.errors import OptionError
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
 from qgraph.passes.calibrate import Calibrate
+from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.recognize import Recognize
+
+from qgraph.errors import OptionError
+from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.pipeline import Context, Pipeline
 
 __all__ = ["plan", "static"]
@@ -33,6 +36,8 @@ def static(context: Context) -> Pipeline:
         *_prepare(context),
         InsertObservers(context.observer),
         Calibrate(context.data, context.folder, context.budget, context.ranges, context.progress),
+        CalibrateWeights(),
+        CorrectBias(),
         InsertQDQ(),
         FoldWeights(),
         progress=context.progress,
@@ -47,6 +52,7 @@ def _prepare(context: Context) -> list[ir.passes.PassBase]:
         FuseLayers(),
         Recognize(),
         BiasForm(),
+        ResidualNorm(context.target),
         *measure,
         Annotate(context.target, context.scheme, context.keep_float),
     ]

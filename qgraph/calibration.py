@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qgraph import graph, observers
-from qgraph.data import Batch, Dataset
+from qgraph.data import UNREADABLE, Batch, Dataset
 from qgraph.errors import DataError, ModelError
 from qgraph.observers import Observer
+from qgraph.observers.channel_mean import ChannelMean
 from qgraph.session import Session, SessionOptions
 
-__all__ = ["DEFAULT_BUDGET", "OBSERVER", "observe", "restore", "save"]
+__all__ = ["DEFAULT_BUDGET", "MEANS", "OBSERVER", "observe", "restore", "save"]
 
 DEFAULT_BUDGET = 256 << 20
 OBSERVER = "qgraph.observer"
 """Key in `Value.meta`: the observer of the value."""
+MEANS = "qgraph.means"
+"""Key in `Value.meta`: channel means of the value, a dict of ChannelMean by axis."""
 _UNKNOWN_BYTES = 16 << 20
 _VERSION = 1
 
@@ -38,10 +41,10 @@ def observe(
     budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Feed all of `data` through `model` and update the observers in `Value.meta["qgraph.observer"]`.
+    """Feed all of `data` through `model` and update the statistics in the meta of its values.
 
     Args:
-        model: its observed values carry observers.
+        model: its observed values carry an observer ("qgraph.observer"), channel means ("qgraph.means"), or both.
         data: the feeds.
         folder: where the model's external tensors lie.
         budget: bytes that the observed values of one run may take.
@@ -51,10 +54,10 @@ def observe(
         DataError: an observed value is NaN or infinite; names the batch and the value.
         ExecutionError: the runtime refuses the graph or a batch.
     """
-    inputs = [v for v in model.graph.inputs if OBSERVER in v.meta]
-    values = [v for node in model.graph for v in node.outputs if OBSERVER in v.meta]
+    values = [v for v in _observed(model) if v.producer() is not None]
+    inputs = [v for v in _observed(model) if v.producer() is None]
     parts = list(_parts(values, budget)) or [[]]
-    single = any(v.meta[OBSERVER].per_sample for v in (*inputs, *values))
+    single = any(OBSERVER in v.meta and v.meta[OBSERVER].per_sample for v in (*inputs, *values))
     total, done = len(parts) * len(data), 0
     for number, part in enumerate(parts):
         session = _session(model, part, folder) if part else None
@@ -76,7 +79,11 @@ def observe(
 
 
 def _update(value: ir.Value, array: NDArray[Any], batch: Batch) -> None:
-    observer: Observer = value.meta[OBSERVER]
+    for statistic in value.meta.get(MEANS, {}).values():
+        statistic.update(array)
+    observer: Observer | None = value.meta.get(OBSERVER)
+    if observer is None:
+        return
     observer.update(array)
     if not observer.finite:
         maker = value.producer()
@@ -128,16 +135,19 @@ def _samples(data: Dataset, single: bool) -> Iterator[Batch]:
 
 def save(model: ir.Model, path: Path, key: str) -> None:
     """Write the statistics of all observed values to an `.npz` file under the model's `key`."""
-    arrays: dict[str, NDArray[Any]] = {"qgraph": np.array([_VERSION]), "model": np.array(key)}
-    for value in _observed(model):
-        observer: Observer = value.meta[OBSERVER]
-        arrays[f"{value.name}\n"] = np.array(_name_of(observer))
-        for part, array in observer.state().items():
-            arrays[f"{value.name}\n{part}"] = array
+    values = _observed(model)
+    names, kinds, arrays = [], [], dict[str, NDArray[Any]]()
+    for value in values:
+        for kind, statistic in _statistics(value):
+            for part, array in statistic.state().items():
+                arrays[f"{len(names)}.{part}"] = array
+            names.append(str(value.name))
+            kinds.append(kind)
+    header = {"qgraph": np.array([_VERSION]), "model": np.array(key), "names": np.array(names), "kinds": np.array(kinds)}
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type, unused-ignore]
+            np.savez_compressed(file, allow_pickle=False, **header, **arrays)
         temporary.replace(path)
     except OSError as error:
         raise ModelError(f"Cannot write the ranges to {str(path)!r}: {error.strerror}.") from error
@@ -152,25 +162,42 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored.items())
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, AttributeError) as error:
         raise DataError(f"Cannot read ranges from {str(path)!r}: {str(error).splitlines()[0]}") from error
-    if "qgraph" not in arrays or "model" not in arrays:
+    if not {"qgraph", "model", "names", "kinds"} <= arrays.keys():
         raise DataError(f"{str(path)!r} holds no ranges written by qgraph.")
     if str(arrays["model"]) != key:
         raise DataError(f"The ranges in {str(path)!r} were observed on another model. Calibrate this one anew.")
+    states: dict[int, dict[str, NDArray[Any]]] = {}
+    for name, array in arrays.items():
+        number, _, part = name.partition(".")
+        if part:
+            states.setdefault(int(number), {})[part] = array
+    found: dict[str, dict[str, dict[str, NDArray[Any]]]] = {}
+    for number, (name, kind) in enumerate(zip(arrays["names"].tolist(), arrays["kinds"].tolist(), strict=True)):
+        found.setdefault(name, {})[kind] = states[number]
     for value in _observed(model):
-        kind = arrays.get(f"{value.name}\n")
-        if kind is None:
-            raise DataError(f"{str(path)!r} lacks the range of {value.name!r}: it was not quantized then.")
-        prefix = f"{value.name}\n"
-        state = {k.removeprefix(prefix): a for k, a in arrays.items() if k.startswith(prefix) and k != prefix}
-        value.meta[OBSERVER] = observers.OBSERVERS[str(kind)].from_state(state)
+        mine = found.get(str(value.name), {})
+        for kind, statistic in _statistics(value):
+            # The file's own observer is taken: it says how the ranges were observed.
+            kinds = [k for k in mine if k in observers.OBSERVERS] if isinstance(statistic, Observer) else [kind]
+            if not kinds or kinds[0] not in mine:
+                raise DataError(f"{str(path)!r} lacks the range of {value.name!r}: it was not quantized then.")
+            if isinstance(statistic, Observer):
+                value.meta[OBSERVER] = observers.OBSERVERS[kinds[0]].from_state(mine[kinds[0]])
+            else:
+                value.meta[MEANS][statistic.axis] = ChannelMean.from_state(mine[kind])
 
 
 def _observed(model: ir.Model) -> list[ir.Value]:
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-    return [v for v in values if OBSERVER in v.meta]
+    return [v for v in values if OBSERVER in v.meta or MEANS in v.meta]
 
 
-def _name_of(observer: Observer) -> str:
-    return next(name for name, kind in observers.OBSERVERS.items() if type(observer) is kind)
+def _statistics(value: ir.Value) -> Iterator[tuple[str, Observer | ChannelMean]]:
+    """(kind, statistic) of all that observes `value`."""
+    observer: Observer | None = value.meta.get(OBSERVER)
+    if observer is not None:
+        yield next(name for name, kind in observers.OBSERVERS.items() if type(observer) is kind), observer
+    for axis, statistic in list(value.meta.get(MEANS, {}).items()):
+        yield f"means {axis}", statistic

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -130,6 +130,7 @@ class _Job:
         self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else source.clone()
         self.inputs = data.inputs_of(self.float_model)
         self.key = modelio.fingerprint(self.float_model)
+        self.external = modelio.has_external(self.float_model)
         self.folder = workspace.spill(self.float_model)
         # The original as the runtime can load it: its IR version may be too new.
         self.float_model.ir_version = min(self.float_model.ir_version, session.max_ir_version())
@@ -150,7 +151,7 @@ class _Job:
         best: tuple[modelio.Staged, ir.Model] | None = None
         for attempt in range(_ROUNDS):
             model = self._build(calibrate, keep)
-            staged = modelio.stage(model, self.output or Path("model.onnx"), self.workspace)
+            staged = modelio.stage(model, self.output or Path("model.onnx"), self.workspace, self.external)
             found = self._audit(staged, model)
             if not found.clean and attempt + 1 < _ROUNDS:
                 # What the runtime does not fuse is left in float, with what was seen as the reason.
@@ -199,7 +200,7 @@ class _Job:
                 raise errors.unknown(
                     "node or operator", pattern, {*(n for n, _ in nodes if n), *(op for _, op in nodes)}
                 )
-            keep.update({name: f"left in float by the option {pattern!r}" for name in hits})
+            keep.update(dict.fromkeys(hits, f"left in float by the option {pattern!r}"))
         return keep
 
     def _build(self, calibrate: Dataset, keep: dict[str, str]) -> ir.Model:

@@ -11,6 +11,8 @@ import importlib
 import re
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,9 +24,12 @@ from numpy.typing import NDArray
 from qgraph import errors
 from qgraph.errors import DataError
 
-__all__ = ["Batch", "DataSource", "Dataset", "InputSpec", "inputs_of", "load"]
+__all__ = ["UNREADABLE", "Batch", "DataSource", "Dataset", "InputSpec", "inputs_of", "load"]
 
 DataSource: TypeAlias = "str | Path | Iterable[Mapping[str, Any]] | Callable[[], Iterable[Mapping[str, Any]]] | Dataset"
+
+UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises on a file that it cannot read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +93,14 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Batch]:
         found = False
-        for batch in self._source():
+        for raw in self._source():
+            batch = _checked(raw, self.inputs)
             if self._only is not None or self._without:
                 digest = batch.digest
                 if digest in self._without or (self._only is not None and digest not in self._only):
                     continue
             found = True
-            yield _checked(batch, self.inputs)
+            yield batch
         if not found:
             raise DataError(f"There is no data in {self.label}: at least one sample is needed.")
 
@@ -113,7 +119,7 @@ class Dataset:
             return self, None
         held = frozenset(digests[: max(1, round(share * len(digests)))])
         rest, part = Dataset(self._source, self.label, self.inputs), Dataset(self._source, self.label, self.inputs)
-        rest._without, part._only = held, held
+        rest._only, rest._without, part._only = self._only, self._without | held, held
         return rest, part
 
     def __len__(self) -> int:
@@ -168,15 +174,19 @@ def _imported(text: str) -> Callable[[], Iterable[Mapping[str, Any]]]:
     return found  # type: ignore[no-any-return]
 
 
-def _from_feeds(feeds: Iterable[Mapping[str, Any]], label: str) -> Iterator[Batch]:
+def _from_feeds(feeds: Iterable[Mapping[str, Any]], label: str, start: int = 0) -> Iterator[Batch]:
     if not isinstance(feeds, Iterable):
         raise DataError(f"{label} returned {type(feeds).__name__}, not an iterable of feeds (dicts of arrays).")
-    for number, feed in enumerate(feeds):
+    for number, feed in enumerate(feeds, start):
         if not isinstance(feed, Mapping):
             raise DataError(
                 f"Item {number} of {label} is {type(feed).__name__}, not a dict from input names to arrays."
             )
-        yield Batch(f"{label} {number}", {str(k): np.asarray(v) for k, v in feed.items()})
+        try:
+            arrays = {str(k): np.asarray(v) for k, v in feed.items()}
+        except ValueError as error:
+            raise DataError(f"{f'{label} {number}'!r} holds what is no array: {error}") from error
+        yield Batch(f"{label} {number}", arrays)
 
 
 class _Spool:
@@ -192,14 +202,15 @@ class _Spool:
         number = 0
         while True:
             while number < len(self._files):
-                with np.load(self._files[number]) as stored:
-                    yield Batch(f"batch {number}", dict(stored.items()))
+                with np.load(self._files[number], allow_pickle=True) as stored:
+                    yield Batch(f"batch {number}", {name[1:]: array for name, array in stored.items()})
                 number += 1
-            batch = next(_from_feeds(self._source, "batch"), None)
+            batch = next(_from_feeds(self._source, "batch", number), None)
             if batch is None:
                 return
             path = Path(self._folder.name) / f"{number}.npz"
-            np.savez(path, **batch.feeds)  # type: ignore[arg-type, unused-ignore]
+            # A prefix, since an input may be called like a parameter of `savez`.
+            np.savez(path, **{f"_{name}": a for name, a in batch.feeds.items()})  # type: ignore[arg-type, unused-ignore]
             self._files.append(path)
 
 
@@ -225,7 +236,11 @@ def _is_test_set(path: Path) -> bool:
 
 def _from_protos(folder: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
     feeds: dict[str, NDArray[Any]] = {}
-    files = sorted(folder.glob("input_*.pb"), key=lambda p: int(p.stem.rpartition("_")[2]))
+    files = list(folder.glob("input_*.pb"))
+    for file in files:
+        if not file.stem.removeprefix("input_").isdecimal():
+            raise DataError(f"{str(file)!r} is not named input_<number>.pb.")
+    files.sort(key=lambda p: int(p.stem.removeprefix("input_")))
     for number, file in enumerate(files):
         try:
             tensor = ir.serde.deserialize_tensor(_tensor_proto(file))
@@ -258,7 +273,7 @@ def _from_arrays(path: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
         else:
             with loaded:
                 arrays = {name: loaded[name] for name in loaded.files}
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataError(f"Cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
     _check_names(path.name, arrays, inputs)
     yield from _sliced(path.name, arrays, inputs)
@@ -314,7 +329,8 @@ def _checked(batch: Batch, inputs: list[InputSpec]) -> Batch:
             kinds = {np.dtype(spec.dtype).kind, array.dtype.kind}
             if kinds not in ({"f"}, {"i"}, {"u"}, {"i", "u"}) or not _fits(array, spec.dtype):
                 raise DataError(f"{where} is {array.dtype}, but the model takes {spec.dtype}.")
-            array = array.astype(spec.dtype)
+            with np.errstate(over="ignore"):
+                array = array.astype(spec.dtype)
         if spec.shape is not None:
             fits = array.ndim == len(spec.shape) and all(
                 want is None or want == got for want, got in zip(spec.shape, array.shape, strict=True)

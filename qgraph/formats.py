@@ -73,7 +73,7 @@ class _Integer(Format):
     narrow: bool = False
 
     def project(self, codes: NDArray[np.floating]) -> NDArray[np.floating]:
-        rounded = np.rint(codes)
+        rounded = np.asarray(np.rint(codes))
         return np.clip(rounded, self.lowest, self.highest, out=rounded)
 
     @property

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph.errors import ExternalDataError, ModelError
 from qgraph.session import max_ir_version
 
-__all__ = ["Staged", "Workspace", "fingerprint", "read", "size_on_disk", "stage"]
+__all__ = ["Staged", "Workspace", "fingerprint", "has_external", "read", "size_on_disk", "stage"]
 
 OLDEST_OPSET = 7
 _SPILL_BYTES = 64 << 20
@@ -39,12 +39,22 @@ def read(path: str | Path) -> ir.Model:
         raise ModelError(f"{str(path)!r} is not a readable ONNX model: {str(error).splitlines()[0][:300]}") from error
     if len(model.graph) == 0 and not model.graph.outputs:
         raise ModelError(f"{str(path)!r} is not an ONNX model: it has no graph.")
-    opset = model.graph.opset_imports.get("")
+    imports = model.graph.opset_imports
+    if "ai.onnx" in imports:  # the long name of the default domain
+        imports.setdefault("", imports.pop("ai.onnx"))
+    opset = imports.get("")
+    if opset is None and any(node.domain in ("", "ai.onnx") for node in model.graph.all_nodes()):
+        raise ModelError(f"{str(path)!r} does not say which opset its operators are of. Export it anew.")
     if opset is not None and opset < OLDEST_OPSET:
         raise ModelError(
             f"{str(path)!r} has opset {opset}; {OLDEST_OPSET} is the oldest that can be converted. Export it anew."
         )
     _check_external(model, path.parent)
+    try:
+        # Some writers leave the nodes unsorted; the runtime forgives it, most tools do not.
+        model.graph.sort()
+    except ValueError as error:
+        raise ModelError(f"{str(path)!r} is not a valid ONNX model: its graph has a cycle.") from error
     return model
 
 
@@ -94,8 +104,12 @@ def fingerprint(model: ir.Model) -> str:
             digest.update(repr((node.domain, node.op_type, [v.name if v else None for v in node.inputs])).encode())
             digest.update(repr([v.name for v in node.outputs]).encode())
             for attribute in sorted(node.attributes.values(), key=lambda a: a.name):
-                plain = attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-                if plain and attribute.type not in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+                if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
+                    one = attribute.type == ir.AttributeType.TENSOR
+                    for tensor in [attribute.as_tensor()] if one else attribute.as_tensors():
+                        shape = tuple(tensor.shape.numpy())
+                        digest.update(repr((attribute.name, str(tensor.dtype), shape)).encode() + tensor.tobytes())
+                elif attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
                     digest.update(repr((attribute.name, attribute.value)).encode())
     for name, tensor in sorted(_tensors(model), key=lambda pair: pair[0]):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape.numpy()))).encode())
@@ -109,6 +123,11 @@ def fingerprint(model: ir.Model) -> str:
             if isinstance(tensor, ir.ExternalTensor):
                 tensor.release()
     return digest.hexdigest()
+
+
+def has_external(model: ir.Model) -> bool:
+    """Whether any weight lies outside the model's own file."""
+    return any(isinstance(tensor, ir.ExternalTensor) for _, tensor in _tensors(model))
 
 
 class Workspace:
@@ -135,7 +154,7 @@ class Workspace:
         """
         external = {Path(t.base_dir) for _, t in _tensors(model) if isinstance(t, ir.ExternalTensor)}
         inline = sum(t.nbytes for _, t in _tensors(model) if not isinstance(t, ir.ExternalTensor))
-        if inline < _SPILL_BYTES or (external and inline < _INLINE_BYTES and len(external) == 1):
+        if len(external) <= 1 and inline < (_INLINE_BYTES if external else _SPILL_BYTES):
             return external.pop() if external else None
         data = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder))
         ir.save(model, data / "model.onnx", external_data="weights.data", size_threshold_bytes=_EXTERNAL_THRESHOLD)
@@ -189,6 +208,8 @@ class Staged:
                 with contextlib.suppress(OSError):
                     if saved is not None:
                         saved.replace(final)
+                    else:
+                        final.unlink(missing_ok=True)
             raise ModelError(f"Cannot write {str(self.destination)!r}: {error.strerror}.") from error
 
 
@@ -196,24 +217,28 @@ def stage(
     model: ir.Model,
     destination: Path,
     workspace: Workspace,
+    external: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Staged:
     """Write `model` as it will stand at `destination`, into the workspace.
 
-    Weights go to `<name>.data` when the model exceeds 1 GiB or when any weight was external. The IR version is lowered
-    to what the installed runtime reads. Lazy tensors are evaluated one at a time.
+    The IR version is lowered to what the installed runtime reads. Lazy tensors are evaluated one at a time.
 
     Args:
         model: what to write; unchanged, but for its IR version.
         destination: the final path.
         workspace: where to write.
+        external: put the weights into `<name>.data`; done in any case when they exceed 1 GiB.
         progress: called with (tensors done, tensors in all).
     """
     model.ir_version = min(model.ir_version, max_ir_version())
     folder = Path(tempfile.mkdtemp(prefix="staged-", dir=workspace.folder))
     path = folder / destination.name
     sizes = [t.nbytes for _, t in _tensors(model)]
-    data = destination.name + ".data" if sum(sizes) > _INLINE_BYTES or model.meta.get("qgraph.external") else None
+    data = destination.name + ".data" if external or sum(sizes) > _INLINE_BYTES else None
+    if data is None:
+        # What lies in the workspace would otherwise be written as a reference to it.
+        model = ir.external_data.load_to_model(model.clone())
 
     def report(_: object, info: object) -> None:
         if progress is not None:

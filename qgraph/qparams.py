@@ -65,9 +65,9 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
         spec: format, granularity and symmetry.
 
     Returns:
-        Symmetric: scale = max(-low, high) / (highest - middle) for narrow and unsigned formats, and
-        max(-low, high) / (steps / 2) otherwise, so that -128..127 divides by 127.5. Affine: scale = (high - low) /
-        steps, zero point rounded. The float32 rounding of the scale is upwards enough to keep the range covered.
+        Symmetric: scale = max(-low, high) / (steps / 2), so that -128..127 divides by 127.5 and -127..127 by 127.
+        Affine: scale = (high - low) / steps, zero point rounded. What the rounding of the zero point pushes out at
+        one end, or the last half step of a symmetric range, is expressed to within half a step by the last code.
 
     Raises:
         QuantizationError: a bound is NaN or infinite, or low > high.
@@ -119,7 +119,8 @@ def quantize(array: NDArray[np.floating], qparams: QParams) -> NDArray[np.generi
     wide = np.float64 if qparams.format.steps > 2**24 else np.float32
     scale = _spread(qparams.scale, qparams, array.shape).astype(wide)
     zero = _spread(qparams.zero_point, qparams, array.shape).astype(wide)
-    codes = np.rint(np.divide(array, scale, dtype=wide))
+    with np.errstate(over="ignore"):
+        codes = np.rint(np.divide(array, scale, dtype=wide))  # what overflows is infinite and saturates
     return qparams.format.encode(codes + zero)
 
 
@@ -166,6 +167,8 @@ def limit_accumulator(
         total = total + np.abs(bias.astype(np.float64)) / float(activation.scale)
     # one unit in the last place for each rounded code is covered by the margin of 2 %
     needed = 1.02 * total / _INT32_MAX
+    # the bias's own scale, their product, must not vanish in float32
+    needed = np.maximum(needed, _SMALLEST_SCALE / float(activation.scale))
     if weight.axis is None:
         needed = np.max(needed, initial=0.0)
     if np.all(needed <= weight.scale):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,7 +165,6 @@ class Session:
     def close(self) -> None:
         """Free the session."""
         self._session = None
-        gc.collect()
 
     def __enter__(self) -> Self:
         return self

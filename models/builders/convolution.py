@@ -51,8 +51,9 @@ class ConvWriter:
             return self._normalize_by_batch(y, gamma, beta, prefix)
         mean, variance = self.form.moments(prefix)
         if self.form.mode == "folded":
-            factor = gamma / np.sqrt(variance + np.float32(EPSILON))
-            return self._conv(x, weight * factor[:, None, None, None], beta - mean * factor, spec, scope)
+            factor = (gamma / np.sqrt(variance + np.float32(EPSILON))).astype(np.float32)
+            bias = (beta - mean * factor).astype(np.float32)
+            return self._conv(x, weight * factor[:, None, None, None], bias, spec, scope)
         norm = [
             g.weight(f"{prefix}.bn.weight", gamma),
             g.weight(f"{prefix}.bn.bias", beta),
@@ -70,6 +71,9 @@ class ConvWriter:
             # Half of the power goes to flat kernels: trained ones are smooth, and white ones turn depth into chaos.
             flat = self.graph.normal(f"{name}.flat", (*shape[:2], 1, 1), std)
             weight = (weight + flat) * np.float32(np.sqrt(0.5))
+        if shape[1] > 3:
+            # Inputs are positive behind a ReLU: kernels that do not sum to zero let one bright image grow with depth.
+            weight -= weight.mean(axis=1, keepdims=True)
         ranges = lognormal(self.graph, f"{name}.range", spec.channels, median=1.0, spread=spec.weight_spread)
         return weight * ranges[:, None, None, None]
 

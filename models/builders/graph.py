@@ -66,8 +66,9 @@ class GraphWriter:
         known = self._weights.get(name)
         if known is not None:
             return known
+        shape = array.shape if isinstance(array, ir.LazyTensor) else ir.Shape(array.shape)
         tensor = array if isinstance(array, ir.LazyTensor) else ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self._weights[name] = value
         return value
 
@@ -78,8 +79,8 @@ class GraphWriter:
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1, name=name)
         return self._append(node)
 
-    def op(self, op_type: str, inputs: Sequence[ir.Value], scope: str, **attributes: Attribute) -> ir.Value:
-        """Append a node with one output and return that output."""
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], scope: str, **attributes: Attribute) -> ir.Value:
+        """Append a node with one output and return that output; None leaves an optional input out."""
         attrs = [_attribute(key, value) for key, value in attributes.items()]
         node = ir.Node("", op_type, inputs, attrs, num_outputs=1, name=self._unique(f"{scope}/{op_type}"))
         return self._append(node)

@@ -30,10 +30,10 @@ def images(count: int, *, size: int = 224, channels: int = 3, seed: int = 0) -> 
         fields = np.fft.irfft2(spectrum / frequency ** rng.uniform(0.9, 1.3), s=(size, size))
         fields /= fields.std(axis=(1, 2), keepdims=True)
         mixture = fields[:1] + rng.uniform(0.2, 0.8) * fields[1:]
-        pixels = rng.uniform(0.35, 0.55, (channels, 1, 1)) + rng.uniform(0.14, 0.24) * mixture
+        pixels: npt.NDArray[np.float64] = rng.uniform(0.35, 0.55, (channels, 1, 1)) + rng.uniform(0.14, 0.24) * mixture
         pixels += rng.uniform(0.005, 0.03) * rng.standard_normal(pixels.shape)
-        clipped = np.clip(pixels, 0.0, 1.0)
-        result[index] = (clipped - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
+        pixels.clip(0.0, 1.0, out=pixels)
+        result[index] = (pixels - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
     return result
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,7 @@ import onnxruntime as ort
 from models.builders.graph import Dim, FloatArray, GraphWriter
 from models.builders.inputs import images
 
-MEASURING_IMAGES = 8
+MEASURING_IMAGES = 16
 MEASURING_SEED = 7919
 LOGIT_DEVIATION = 2.5
 
@@ -27,13 +27,14 @@ Statistics: TypeAlias = Mapping[str, FloatArray]
 
 @dataclass(frozen=True)
 class Form:
-    """Which form of a network to write, and the statistics to write into it.
+    """Which form of a network to write, with which batch dimension, and the statistics to write into it.
 
     `measure` normalizes by the batch it is run on and gives the statistics as outputs, `unfused` holds them in
     BatchNormalization nodes, `folded` in the convolutions.
     """
 
     mode: Literal["measure", "unfused", "folded"]
+    batch: Dim = "N"
     statistics: Statistics = field(default_factory=dict[str, FloatArray])
 
     @property
@@ -46,20 +47,17 @@ class Form:
         return self.statistics[f"{name}.mean"], self.statistics[f"{name}.var"]
 
 
-def measured(write: Callable[[Form], ir.Model], size: int, *, channels: int, seed: int, folded: bool) -> ir.Model:
-    """Run the measuring form of `write` once on seeded images and return its final form."""
+def measured(
+    write: Callable[[Form], ir.Model], size: int, *, channels: int = 3, seed: int, batch: Dim, folded: bool = False
+) -> ir.Model:
+    """Run the measuring form of `write` once on seeded images [., channels, size, size]; return its final form."""
     measuring = ir.to_proto(write(Form("measure"))).SerializeToString()
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.log_severity_level = 3
-    session = ort.InferenceSession(measuring, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
+    session: Any = ort.InferenceSession(measuring, providers=["CPUExecutionProvider"])
+    names: list[str] = [output.name for output in session.get_outputs()]
     sample = images(MEASURING_IMAGES, size=size, channels=channels, seed=seed + MEASURING_SEED)
-    results = session.run(names, {session.get_inputs()[0].name: sample})
-    statistics = {
-        name: np.asarray(array, dtype=np.float32).reshape(-1) for name, array in zip(names, results, strict=True)
-    }
-    return write(Form("folded" if folded else "unfused", statistics))
+    results: list[FloatArray] = session.run(names, {session.get_inputs()[0].name: sample})
+    statistics = {name: np.ravel(array) for name, array in zip(names, results, strict=True)}
+    return write(Form("folded" if folded else "unfused", batch, statistics))
 
 
 def measure(g: GraphWriter, x: ir.Value, channels: int, axes: list[int], name: str) -> tuple[ir.Value, ir.Value]:
@@ -77,7 +75,7 @@ def measure(g: GraphWriter, x: ir.Value, channels: int, axes: list[int], name: s
     return centred, variance
 
 
-def classifier(g: GraphWriter, x: ir.Value, sizes: tuple[int, int], batch: Dim, form: Form) -> None:
+def classifier(g: GraphWriter, x: ir.Value, sizes: tuple[int, int], form: Form) -> None:
     """Append the Gemm from features [batch, in] to the output `logits` [batch, classes]; sizes = (in, classes).
 
     Its bias takes away the mean, so that classes are balanced and the choice is the image's, as after training.
@@ -95,4 +93,4 @@ def classifier(g: GraphWriter, x: ir.Value, sizes: tuple[int, int], batch: Dim, 
         measure(g, g.op("Gemm", inputs, "/classifier", transB=1), classes, [0], "classifier")
         return
     inputs.append(g.weight("classifier.bias", bias))
-    g.output(g.op("Gemm", inputs, "/classifier", transB=1), "logits", ir.DataType.FLOAT, [batch, classes])
+    g.output(g.op("Gemm", inputs, "/classifier", transB=1), "logits", ir.DataType.FLOAT, [form.batch, classes])

@@ -71,8 +71,9 @@ class CountingObserver(Observer):
         # In pieces that stay in cache, and so that the index array stays small.
         for start in range(0, flat.size, _CHUNK):
             piece = flat[start : start + _CHUNK]
-            self._low = min(self._low, float(piece.min()))
-            self._high = max(self._high, float(piece.max()))
+            # + 0.0 makes -0.0 into 0.0: which of the two comes out must not depend on the order
+            self._low = min(self._low, float(piece.min()) + 0.0)
+            self._high = max(self._high, float(piece.max()) + 0.0)
             self._counts += np.bincount(piece.view(np.uint32) >> 16, minlength=_BINS)
 
     def merge(self, other: Self) -> None:
@@ -95,7 +96,7 @@ class CountingObserver(Observer):
         low, high, order = _edges()
         order = order[self._counts[order] > 0]
         counts = self._counts[order].astype(np.float64)
-        return Bins(np.maximum(low[order], self._low), np.minimum(high[order], self._high), counts)
+        return Bins(np.clip(low[order], self._low, self._high), np.clip(high[order], self._low, self._high), counts)
 
     def range(self, spec: QuantSpec) -> Range:
         """The range that `solve` finds on the counts."""

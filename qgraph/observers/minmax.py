@@ -25,7 +25,8 @@ class MinMax(Observer):
         """Widen to hold all of `array`."""
         if array.size == 0:
             return
-        low, high = float(np.min(array)), float(np.max(array))
+        # + 0.0 makes -0.0 into 0.0: which of the two comes out must not depend on the order
+        low, high = float(np.min(array)) + 0.0, float(np.max(array)) + 0.0
         self._finite &= bool(np.isfinite(low) and np.isfinite(high))
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._count += array.size

@@ -81,6 +81,8 @@ class Target(abc.ABC):
     provider: str
     min_opset: int
     schemes: Mapping[str, Scheme]
+    slow_fusions: frozenset[str] = frozenset()
+    """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
 
     def scheme(self, name: str) -> Scheme:
         """The scheme called `name`, as this target wants it.

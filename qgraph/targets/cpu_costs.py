@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qgraph import graph
 
-__all__ = ["Cost", "boundary", "conv", "elementwise", "elements", "matmul"]
+__all__ = ["Cost", "boundary", "conv", "elements", "elementwise", "matmul"]
 
 _NS = 1e-9
 _GUESS_ELEMENTS = 50_000

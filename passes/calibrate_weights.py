@@ -1,0 +1,53 @@
+"""Weights -> QParams: the range along the spec's axis, widened where an int32 accumulator could overflow."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import graph
+from qgraph.errors import QuantizationError
+from qgraph.qparams import QParams, from_range, limit_accumulator
+from qgraph.spec import PerAxis, QuantSpec
+from qgraph.targets import KERNEL, QPARAMS, Kernel
+
+__all__ = ["INPUT", "WEIGHT", "CalibrateWeights"]
+
+WEIGHT = "qgraph.weight_qparams"
+"""Key in `Node.meta`: QParams of the node's weight."""
+INPUT = "qgraph.input_qparams"
+"""Key in `Node.meta`: QParams of the activation that meets the weight."""
+
+
+class CalibrateWeights(ir.passes.InPlacePass):
+    """Writes `Node.meta["qgraph.weight_qparams"]` on every planned node with a weight; reads each weight once."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place; only meta is written."""
+        for node in model.graph:
+            kernel: Kernel | None = node.meta.get(KERNEL)
+            if kernel is None or kernel.weight is None:
+                continue
+            position, spec = kernel.weight
+            activation, weight = node.inputs[next(iter(kernel.activations))], node.inputs[position]
+            if activation is None or weight is None or QPARAMS not in activation.meta:
+                raise QuantizationError(f"The input of {graph.label(node)} has no parameters: calibrate first.")
+            node.meta[INPUT] = activation.meta[QPARAMS]
+            bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
+            node.meta[WEIGHT] = _solve(weight, spec, node.meta[INPUT], graph.constant(bias))
+        return ir.passes.PassResult(model, False)
+
+
+def _solve(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.generic] | None) -> QParams:
+    array = graph.constant(weight)
+    assert array is not None
+    axis = spec.granularity.axis % array.ndim if isinstance(spec.granularity, PerAxis) else None
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    low, high = np.min(array, axis=others, initial=0.0), np.max(array, axis=others, initial=0.0)
+    # A bound on sum|w| suffices, and saves a pass over the weight: elements x the largest of them.
+    sums = np.maximum(-low, high).astype(np.float64) * (array.size // max(1, low.size))
+    flat = None if bias is None else np.asarray(bias, np.float64).reshape(-1)
+    del array
+    graph.release(weight)
+    return limit_accumulator(activation, from_range(low, high, spec), sums, flat)

@@ -1,0 +1,111 @@
+"""b -> b - (W_quantized - W) E[x]: the mean error that rounding the weights causes, taken out of the bias.
+
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2, with E[x]
+measured for each input channel on the calibration data. Zero padding is accounted for: a tap counts for the share of
+positions in which it meets the image.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import graph
+from qgraph.calibration import MEANS
+from qgraph.passes.calibrate_weights import WEIGHT
+from qgraph.passes.insert_observers import channel_axis
+from qgraph.qparams import QParams, fake_quantize
+from qgraph.targets import KERNEL, Kernel
+
+__all__ = ["CorrectBias"]
+
+
+class CorrectBias(ir.passes.InPlacePass):
+    """Shifts the biases of planned layers: a layer's own, or the constant row that is added to a product.
+
+    Refused: products without a constant row after them, layers whose input has no channel means.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        changed = False
+        for node in list(model.graph):
+            params: QParams | None = node.meta.get(WEIGHT)
+            kernel: Kernel | None = node.meta.get(KERNEL)
+            if params is None or kernel is None or kernel.weight is None or node.inputs[0] is None:
+                continue
+            statistic = node.inputs[0].meta.get(MEANS, {}).get(channel_axis(node))
+            mean = statistic.mean if statistic is not None else None
+            weight = node.inputs[kernel.weight[0]]
+            reader, position = _bias_of(node, kernel)
+            if mean is None or weight is None or reader is None:
+                continue
+            shift = _shift(node, weight, params, mean)
+            bias = reader.inputs[position]
+            if bias is not None and shift is not None:
+                reader.replace_input_with(position, _shifted(model.graph, bias, shift, str(node.name)))
+                changed = True
+        return ir.passes.PassResult(model, changed)
+
+
+def _bias_of(node: ir.Node, kernel: Kernel) -> tuple[ir.Node | None, int]:
+    """(the node that adds the bias, its input position)."""
+    if kernel.bias is not None and len(node.inputs) > kernel.bias:
+        return node, kernel.bias
+    users = node.outputs[0].consumers()
+    if len(users) == 1 and graph.is_standard(users[0], "Add") and not node.outputs[0].is_graph_output():
+        position = 1 - list(users[0].inputs).index(node.outputs[0])
+        if graph.has_constant(users[0].inputs[position]):
+            return users[0], position
+    return None, 0
+
+
+def _shift(node: ir.Node, weight: ir.Value, params: QParams, mean: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """(W_quantized - W) E[x] of each output channel."""
+    array = graph.constant(weight)
+    assert array is not None
+    if node.op_type == "Conv":
+        taps = _taps(node, array.shape)
+        groups = graph.attribute_int(node, "group", 1)
+        error = (fake_quantize(array, params) - array).reshape(*array.shape[:2], -1) @ taps
+        wide = mean.reshape(groups, -1)
+        shift = np.einsum("goc,gc->go", error.reshape(groups, -1, array.shape[1]), wide).reshape(-1)
+    else:
+        error = fake_quantize(array, params) - array
+        shift = error @ mean if graph.attribute_int(node, "transB", 0) else mean @ error
+    del array
+    graph.release(weight)
+    return np.asarray(shift, np.float64) if np.isfinite(shift).all() else None
+
+
+def _taps(node: ir.Node, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """Share of output positions in which each tap of the kernel meets the image, [kernel positions]."""
+    kernel = shape[2:]
+    rank = len(kernel)
+    image, result = graph.run_shape(node.inputs[0]), graph.run_shape(node.outputs[0])
+    pads = graph.attribute_ints(node, "pads", [0] * (2 * rank))
+    auto = node.attributes.get("auto_pad")
+    if image is None or result is None or (auto is not None and auto.as_string() not in ("NOTSET", "VALID")):
+        return np.ones(int(np.prod(kernel)))
+    strides = graph.attribute_ints(node, "strides", [1] * rank)
+    dilations = graph.attribute_ints(node, "dilations", [1] * rank)
+    shares = np.ones(1)
+    for axis in range(rank):
+        starts = np.arange(result[2 + axis]) * strides[axis] - pads[axis]
+        where = starts[:, None] + np.arange(kernel[axis]) * dilations[axis]
+        inside = ((where >= 0) & (where < image[2 + axis])).mean(axis=0)
+        shares = np.multiply.outer(shares, inside).reshape(-1)
+    return shares
+
+
+def _shifted(main: ir.Graph, bias: ir.Value, shift: NDArray[np.float64], owner: str) -> ir.Value:
+    array = graph.constant(bias)
+    assert array is not None
+    corrected = (array.astype(np.float64) - shift.reshape(array.shape)).astype(np.float32)
+    tensor = ir.tensor(corrected, name=f"{owner}_corrected_bias")
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
+    )
+    main.register_initializer(value)
+    return value

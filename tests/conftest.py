@@ -1,0 +1,171 @@
+"""Fixtures shared by all tests."""
+
+import dataclasses
+from collections import Counter
+
+import hypothesis
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qgraph import registry
+from qgraph.data import inputs_of, load
+from qgraph.formats import INT8, UINT8
+from qgraph.pipeline import Context
+from qgraph.session import Session, SessionOptions
+from qgraph.targets import KERNEL, REASON, Refusal
+from qgraph.targets.cpu import Cpu
+
+# -- models: tiny graphs as text, run on the real runtime (fixture `model_kit`) -------------------------------------
+
+
+class _FreeTarget(Cpu):
+    """The CPU's kernels where integers always pay and crossing costs nothing: what can be quantized, is."""
+
+    def kernel(self, node, scheme):
+        found = super().kernel(node, scheme)
+        return found if isinstance(found, Refusal) else dataclasses.replace(found, float_seconds=1.0, integer_seconds=0)
+
+    def quantize_cost(self, value):
+        return 0.0
+
+    def dequantize_cost(self, value):
+        return 0.0
+
+
+class ModelKit:
+    """What the tests of passes and of whole models share."""
+
+    @staticmethod
+    def text(text, /, opset=21, **weights):
+        """A model from ONNX text; `weights` become initializers of these names."""
+        header = "" if text.lstrip().startswith("<") else f'<ir_version: 10, opset_import: ["" : {opset}]>\n'
+        tensors = [ir.tensor(np.asarray(array), name=name) for name, array in weights.items()]
+        model = ir.from_onnx_text(header + text, initializers=tensors)
+        for value in model.graph.initializers.values():
+            value.type, value.shape = ir.TensorType(value.const_value.dtype), value.const_value.shape
+        return model
+
+    @staticmethod
+    def normal(*shape, seed=0, scale=1.0):
+        """Seeded normal float32 numbers."""
+        return (np.random.default_rng([seed, *shape]).standard_normal(shape) * scale).astype(np.float32)
+
+    @staticmethod
+    def feeds(model, count=8, free=2, seed=0):
+        """`count` seeded feeds for the inputs without default; free dimensions get the size `free`."""
+        rng = np.random.default_rng(seed)
+        feeds = [{} for _ in range(count)]
+        for value in model.graph.inputs:
+            if value.name in model.graph.initializers:
+                continue
+            shape = [dim if isinstance(dim, int) else free for dim in value.shape]
+            kind = np.dtype(value.dtype.numpy())
+            for feed in feeds:
+                array = rng.standard_normal(shape) if kind.kind == "f" else rng.integers(0, 2, shape)
+                feed[value.name] = np.asarray(array, kind)
+        return feeds
+
+    @staticmethod
+    def run(model, feeds):
+        """Outputs of a real session."""
+        with Session(model, SessionOptions(threads=1)) as session:
+            return session.run(feeds)
+
+    @staticmethod
+    def ops(model):
+        """The operators of the main graph, in order."""
+        return [node.op_type for node in model.graph]
+
+    @classmethod
+    def same(cls, before, after, feeds=None, tolerance=1e-5):
+        """Both give the same outputs, under the same names, to within `tolerance` of the largest number."""
+        options = SessionOptions(threads=1)
+        with Session(before, options) as first, Session(after, options) as second:
+            assert second.outputs == first.outputs
+            for feed in cls.feeds(before, 2) if feeds is None else feeds:
+                expected, found = first.run(feed), second.run(feed)
+                for name, array in expected.items():
+                    assert (found[name].shape, found[name].dtype) == (array.shape, array.dtype), name
+                    limit = tolerance * max(1.0, float(np.abs(array).max(initial=0)))
+                    np.testing.assert_allclose(found[name], array, rtol=0, atol=limit, err_msg=name)
+
+    @classmethod
+    def sqnr(cls, before, after, feeds):
+        """The lowest signal to noise ratio of any output, dB, over all feeds."""
+        signal, noise = Counter(), Counter()
+        options = SessionOptions(threads=1)
+        with Session(before, options) as first, Session(after, options) as second:
+            assert second.outputs == first.outputs
+            for feed in feeds:
+                expected, found = first.run(feed), second.run(feed)
+                for name, array in expected.items():
+                    assert found[name].shape == array.shape, name
+                    signal[name] += float(np.square(array.astype(np.float64)).sum())
+                    noise[name] += float(np.square(array.astype(np.float64) - found[name]).sum())
+        return min(10 * np.log10(signal[n] / noise[n]) if noise[n] else np.inf for n in signal)
+
+    @staticmethod
+    def free():
+        """A target on which everything that can be quantized is."""
+        return _FreeTarget("free", "tests: integers always pay", UINT8, INT8)
+
+    @classmethod
+    def static(cls, model, feeds=None, target=None, **options):
+        """`model` (changed in place) through the static pipeline."""
+        target = target or cls.free()
+        data = load(cls.feeds(model) if feeds is None else feeds, inputs_of(model))
+        context = Context(target, target.scheme("int8"), data, **options)
+        return registry.pipeline("static")(context)(model).model
+
+    @staticmethod
+    def integer(model):
+        """Names of the nodes that are planned for integers."""
+        return [node.name for node in model.graph if KERNEL in node.meta]
+
+    @staticmethod
+    def reasons(model):
+        """Reason of each node that is not, by name."""
+        return {node.name: node.meta[REASON] for node in model.graph if REASON in node.meta}
+
+    @staticmethod
+    def tensors(model):
+        """The initializers as arrays."""
+        return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+
+
+@pytest.fixture(scope="session")
+def model_kit():
+    """Helpers of the tests of passes and whole models, see `ModelKit`."""
+    return ModelKit
+
+
+@pytest.fixture
+def model_free_cpu(monkeypatch):
+    """Makes `cpu` the target on which integers always pay, for whole compilations of tiny models."""
+    find = registry.target
+    monkeypatch.setattr(registry, "target", lambda name: ModelKit.free() if name == "cpu" else find(name))
+
+
+# -- the lower floors (fixtures `tiny_*`) -----------------------------------------------------------------------------
+
+# The same examples at every run; `--hypothesis-profile=explore` looks further.
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("same")
+
+
+@pytest.fixture
+def tiny_chain():
+    """Maker of y = Sqrt(Relu(x * w + c)): exact at any batch size; inner values are scaled, shifted and positive."""
+
+    def build(batch="N", width=4, weight=2.0):
+        text = f"""<ir_version: 10, opset_import: ["" : 21]>
+            chain (float[{batch}, {width}] x) => (float[{batch}, {width}] y)
+            <float[{batch}, {width}] scaled, float[{batch}, {width}] shifted, float[{batch}, {width}] positive>
+            {{ [mul] scaled = Mul(x, w)  [add] shifted = Add(scaled, c)
+               [relu] positive = Relu(shifted)  [sqrt] y = Sqrt(positive) }}"""
+        weights = {"w": np.full(width, weight, np.float32), "c": np.arange(width, dtype=np.float32)}
+        return ir.from_onnx_text(text, initializers=[ir.tensor(array, name=name) for name, array in weights.items()])
+
+    return build

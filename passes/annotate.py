@@ -9,6 +9,8 @@ or a Mul joins an island only if leaving it would cost more.
 
 from __future__ import annotations
 
+import dataclasses
+import fnmatch
 from collections.abc import Mapping
 
 import networkx as nx
@@ -33,14 +35,22 @@ class Annotate(ir.passes.InPlacePass):
     Args:
         target: knows the kernels and costs.
         scheme: the number formats.
-        keep_float: node name -> reason, for nodes that the caller wants in float.
+        keep_float: pattern of node names (shell style), or operator -> reason, for nodes that the caller wants in float.
+        measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
     """
 
-    def __init__(self, target: Target, scheme: Scheme, keep_float: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        target: Target,
+        scheme: Scheme,
+        keep_float: Mapping[str, str] | None = None,
+        measured: Mapping[str, tuple[float, float]] | None = None,
+    ):
         super().__init__()
         self.target = target
         self.scheme = scheme
         self.keep_float = dict(keep_float or {})
+        self.measured = dict(measured or {})
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
@@ -64,7 +74,7 @@ class Annotate(ir.passes.InPlacePass):
             else:
                 gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
                 node.meta[REASON] = (
-                    f"an integer kernel exists, but would gain about {gain:.1f} us of its own and cost more at its edges"
+                    f"an integer kernel exists and gains about {gain:.1f} us, but the way in and out costs more"
                     if gain > 0
                     else f"the integer kernel is slower by about {-gain:.1f} us"
                 )
@@ -77,9 +87,15 @@ class Annotate(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
     def _find(self, node: ir.Node) -> Kernel | Refusal:
-        if node.name in self.keep_float:
-            return Refusal(self.keep_float[node.name])
-        return self.target.kernel(node, self.scheme)
+        name = node.name or ""
+        for pattern, reason in self.keep_float.items():
+            if node.op_type == pattern or name == pattern or fnmatch.fnmatchcase(name, pattern):
+                return Refusal(reason)
+        found = self.target.kernel(node, self.scheme)
+        if isinstance(found, Kernel) and name in self.measured:
+            in_float, in_integers = self.measured[name]
+            return dataclasses.replace(found, float_seconds=in_float, integer_seconds=in_integers)
+        return found
 
     def _result(self, node: ir.Node, kernel: Kernel) -> list[ir.Value]:
         """The values that a kernel writes: after the activation that its quantizer absorbs, if there is one."""

@@ -29,6 +29,9 @@ _RULES = (
 )
 
 
+_LAYERS = ("Conv", "ConvTranspose", "Gemm")
+
+
 class FuseLayers(ir.passes.InPlacePass):
     """Linear layers and their affine neighbours become one layer each.
 
@@ -39,8 +42,21 @@ class FuseLayers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         before = len(model.graph)
+        layers = {_weight_name(node): node for node in model.graph if node.op_type in _LAYERS}
         rewriter.RewritePass(rewriter.RewriteRuleSet(_RULES))(model)
+        for node in model.graph:
+            # A fused layer is still the layer that it was: its name is how users know it.
+            old = layers.get(_weight_name(node)) if node.op_type in _LAYERS else None
+            if old is not None and old is not node:
+                node.name = old.name
+                node.metadata_props.update(old.metadata_props)
         # The rules leave the old weights behind.
         common.RemoveUnusedNodesPass()(model)
         common.NameFixPass()(model)
         return ir.passes.PassResult(model, len(model.graph) != before)
+
+
+def _weight_name(node: ir.Node) -> str | None:
+    """The rules keep the name of the weight, which only one layer has if they apply."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    return weight.name if weight is not None else None

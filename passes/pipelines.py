@@ -54,5 +54,5 @@ def _prepare(context: Context) -> list[ir.passes.PassBase]:
         BiasForm(),
         ResidualNorm(context.target),
         *measure,
-        Annotate(context.target, context.scheme, context.keep_float),
+        Annotate(context.target, context.scheme, context.keep_float, context.measured),
     ]

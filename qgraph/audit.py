@@ -17,7 +17,7 @@ import onnx_ir as ir
 from qgraph.session import Session
 from qgraph.targets import KERNEL, Kernel, Target
 
-__all__ = ["Audit", "Plan", "audit", "plan_of"]
+__all__ = ["Audit", "Plan", "audit", "original_name", "plan_of"]
 
 _MARKS = re.compile(r"(_token_\d+|_nchwc|_nhwc|/duplicated|/[A-Z]\w*Fusion)+$")
 
@@ -50,6 +50,11 @@ class Audit:
         return not self.problems and not self.unfused
 
 
+def original_name(name: str) -> str:
+    """The name of a node of the runtime's graph without the marks that the runtime appends."""
+    return _MARKS.sub("", name)
+
+
 def plan_of(model: ir.Model) -> Plan:
     """The plan that annotation left on the nodes."""
     operators: dict[str, tuple[str, ...]] = {}
@@ -79,7 +84,7 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
     found: dict[str, ir.Node] = {}
     for node in model.graph.all_nodes():
         name = node.name or ""
-        for candidate in (name, _MARKS.sub("", name)):
+        for candidate in (name, original_name(name)):
             if candidate in plan.operators:
                 found.setdefault(candidate, node)
     kernels: dict[str, str] = {}

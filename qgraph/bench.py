@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+from qgraph.audit import original_name
 from qgraph.compare import Runnable
 from qgraph.errors import ExecutionError
 from qgraph.modelio import size_on_disk
 from qgraph.report import Footprint, Latency, Speed
 from qgraph.session import Feeds, SessionOptions
 
-__all__ = ["all_threads", "alternate", "footprint"]
+__all__ = ["all_threads", "alternate", "footprint", "node_times"]
 
 _WARM_RUNS = 2
 _LEAST_RUNS = 3
@@ -97,6 +98,16 @@ def alternate(
 
 def _latency(times: list[float]) -> Latency:
     return Latency(float(np.median(times)), min(times), max(times))
+
+
+def node_times(model: Runnable, feeds: Feeds, options: SessionOptions, runs: int = 12) -> dict[str, float]:
+    """Median seconds of each node in the runtime's profile, by the name it had before the runtime's optimizer."""
+    with tempfile.TemporaryDirectory(prefix="qgraph-profile-") as folder:
+        profiled = dataclasses.replace(options, profile=str(Path(folder) / "profile"))
+        with model.session(profiled) as session:
+            for _ in range(runs):
+                session.call(feeds)
+            return {original_name(time.node): time.seconds for time in session.profile()}
 
 
 def footprint(path: Path, feeds: Feeds, options: SessionOptions) -> Footprint:

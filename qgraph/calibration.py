@@ -143,7 +143,12 @@ def save(model: ir.Model, path: Path, key: str) -> None:
                 arrays[f"{len(names)}.{part}"] = array
             names.append(str(value.name))
             kinds.append(kind)
-    header = {"qgraph": np.array([_VERSION]), "model": np.array(key), "names": np.array(names), "kinds": np.array(kinds)}
+    header = {
+        "qgraph": np.array([_VERSION]),
+        "model": np.array(key),
+        "names": np.array(names),
+        "kinds": np.array(kinds),
+    }
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:

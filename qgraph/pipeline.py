@@ -31,7 +31,8 @@ class Context:
         observer: name of the observer, None for each spec's own.
         budget: bytes that the observed values of one run may take.
         ranges: saved statistics to use instead of running the data, with the model's key.
-        keep_float: node name -> reason, for nodes to be left in float.
+        keep_float: pattern of node names, or operator -> reason, for nodes to be left in float.
+        measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
         progress: called with (what is done, steps done, steps in all).
     """
 
@@ -43,6 +44,7 @@ class Context:
     budget: int = DEFAULT_BUDGET
     ranges: tuple[Path, str] | None = None
     keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict[str, tuple[float, float]])
     progress: Callable[[str, int, int], None] | None = None
 
 

@@ -1,9 +1,9 @@
 """The range of the smallest mean squared error, searched on a histogram.
 
 The error of a range is what its codes round away plus what its ends clip (Banner, Nahshan and Soudry, "Post training
-4-bit quantization of convolutional networks for rapid-deployment", 2019, section 3.1). Codes are multiples of the step
-wherever the ends lie, so the rounding depends on the step alone and each end's clipping on that end alone: a first
-search looks at all pairs of ends at once. A second one around its result integrates the error of the very parameters.
+4-bit quantization of convolutional networks for rapid-deployment", 2019, section 3.1). A first search assumes
+step^2 / 12 for the rounding, which makes the two ends separable, and looks at all pairs of ends at once; a second one
+around its result integrates the true error, rounded zero point and exact zeros included.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from qgraph.spec import QuantSpec
 
 __all__ = ["Histogram", "mean_squared_error"]
 
-_CANDIDATES = 192
-_STEPS = 64
+_CANDIDATES = 160
+_DEPTH = 4096
 _ROUNDS = ((5, 0.94, 1.06), (5, 0.985, 1.015))
 
 
@@ -50,8 +50,8 @@ class Histogram(CountingObserver):
 
 
 def _coarse(bins: Bins, full: Range, spec: QuantSpec) -> Range:
-    """The best pair of ends: what each clips, and what their step rounds away."""
-    width = bins.high - bins.low
+    """The best pair of ends, with rounding taken as step^2 / 12 of all values that are not zero."""
+    width, mass = bins.high - bins.low, float(bins.count[bins.high != bins.low].sum())
     middle = (bins.low + bins.high) / 2
     moments = bins.count * np.stack([np.ones_like(middle), middle, middle**2 + width**2 / 12])
 
@@ -66,37 +66,30 @@ def _coarse(bins: Bins, full: Range, spec: QuantSpec) -> Range:
             count, first, second = sums[:, np.searchsorted(bins.high, ends, side="right")]
         return np.maximum(second - 2 * ends * first + ends**2 * count, 0.0)
 
-    # Candidates are the bins' own ends, evenly thinned by rank among those beyond 1/64 of the full reach: the best
-    # end may lie anywhere between a dense body and a single far outlier.
-    lows = _thin(bins.low[bins.low < full.low / 4096], full.low)
-    highs = _thin(bins.high[bins.high > full.high / 4096], full.high)
+    lows = _candidates(bins.low[bins.low < full.low / _DEPTH], full.low)
+    highs = _candidates(bins.high[bins.high > full.high / _DEPTH], full.high)
     cost_low, cost_high = clipped(lows, above=False), clipped(highs, above=True)
     if spec.symmetric:
         reach = np.union1d(-lows, highs)
-        reach = reach[reach > 0]
         cost = clipped(-reach, above=False) + clipped(reach, above=True)
-        total = cost + _rounded(bins, 2 * reach / spec.format.steps)
+        total = cost + mass * (2 * reach / spec.format.steps) ** 2 / 12
         best = float(reach[int(np.argmin(total))])
         return Range(max(-best, full.low), min(best, full.high))
     step = (highs[None, :] - lows[:, None]) / spec.format.steps
-    total = cost_low[:, None] + cost_high[None, :] + _rounded(bins, step)
+    total = cost_low[:, None] + cost_high[None, :] + mass * step**2 / 12
     row, column = np.unravel_index(int(np.argmin(total)), total.shape)
     return Range(float(lows[row]), float(highs[column]))
 
 
-def _rounded(bins: Bins, steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Squared error of rounding all values to multiples of each step; in units of step^2 it is interpolated."""
-    known = np.geomspace(steps.min(), steps.max(), _STEPS)
-    units = [float((_error(bins, step, -np.inf, np.inf) * bins.count).sum()) for step in known]
-    return np.asarray(np.interp(np.log(steps), np.log(known), units) * steps**2)
+def _candidates(ends: NDArray[np.float64], extreme: float) -> NDArray[np.float64]:
+    """Places for an end: some of the bins' own, and a geometric series up to the extreme one.
 
-
-def _thin(ends: NDArray[np.float64], extreme: float) -> NDArray[np.float64]:
-    """At most `_CANDIDATES` of the ends, the extreme one included."""
+    The best end may lie anywhere between a dense body and a single far outlier, where no bin is.
+    """
     if extreme == 0.0:
         return np.zeros(1)
-    chosen = ends[np.unique(np.linspace(0, ends.size - 1, _CANDIDATES).astype(np.intp))] if ends.size else ends
-    return np.union1d(chosen, [extreme])
+    own = ends[np.unique(np.linspace(0, ends.size - 1, _CANDIDATES // 3).astype(np.intp))] if ends.size else ends
+    return np.union1d(own, np.geomspace(extreme / _DEPTH, extreme, _CANDIDATES))
 
 
 def _merge_near_zero(bins: Bins, step: float) -> Bins:
@@ -120,19 +113,15 @@ def _merge_near_zero(bins: Bins, step: float) -> Bins:
 def mean_squared_error(bins: Bins, qparams: QParams) -> float:
     """Mean of (x - fake_quantize(x))^2 over the distribution, integrated inside every bin (per-tensor parameters)."""
     scale, zero = float(qparams.scale), float(qparams.zero_point)
-    error = _error(bins, scale, qparams.format.lowest - zero, qparams.format.highest - zero)
-    return float((error * bins.count).sum() / bins.count.sum()) * scale**2
-
-
-def _error(bins: Bins, step: float, lowest: float, highest: float) -> NDArray[np.float64]:
-    """Mean squared error of each bin's values as codes from `lowest` to `highest`, in units of step^2."""
-    a, b = bins.low / step, bins.high / step
+    lowest, highest = qparams.format.lowest - zero, qparams.format.highest - zero
+    a, b = bins.low / scale, bins.high / scale
     width = b - a
     point = width < 1e-6
     middle = (a + b) / 2
     error = np.square(middle - np.clip(np.rint(middle), lowest, highest))
     integral = _antiderivative(b, lowest, highest) - _antiderivative(a, lowest, highest)
-    return np.where(point, error, integral / np.where(point, 1.0, width))
+    error = np.where(point, error, integral / np.where(point, 1.0, width))
+    return float((error * bins.count).sum() / bins.count.sum()) * scale**2
 
 
 def _antiderivative(u: NDArray[np.float64], lowest: float, highest: float) -> NDArray[np.float64]:

@@ -1,0 +1,568 @@
+"""The main job on small models: what it promises, and that a failure leaves everything as it was."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import qgraph
+from qgraph import audit, compiler, registry
+from qgraph.errors import (
+    AuditError,
+    DataError,
+    ModelError,
+    NothingQuantizedError,
+    OptionError,
+    QGraphError,
+    SlowerError,
+)
+from qgraph.observers import OBSERVERS
+
+QUIET = qgraph.Options(bench_seconds=0)
+
+
+@pytest.fixture
+def cnn(model_kit):
+    """A stem, a residual block, a pool and a classifier; wide enough to pay."""
+    n = model_kit.normal
+    return model_kit.text(
+        """g (float[1, 32, 14, 14] image) => (float[1, 10] logits) {
+            c0 = Conv <pads = [1, 1, 1, 1]> (image, W0, b0)
+            r0 = Relu (c0)
+            c1 = Conv <pads = [1, 1, 1, 1]> (r0, W1)
+            n1 = BatchNormalization (c1, s1, t1, m1, v1)
+            r1 = Relu (n1)
+            c2 = Conv <pads = [1, 1, 1, 1]> (r1, W2, b2)
+            a = Add (c2, r0)
+            r2 = Relu (a)
+            p = GlobalAveragePool (r2)
+            f = Flatten (p)
+            logits = Gemm <transB = 1> (f, G, g0)
+        }""",
+        W0=n(64, 32, 3, 3, scale=0.08),
+        b0=n(64, scale=0.1),
+        W1=n(64, 64, 3, 3, scale=0.06),
+        s1=1 + n(64, scale=0.1),
+        t1=n(64, seed=1, scale=0.1),
+        m1=n(64, seed=2, scale=0.1),
+        v1=np.abs(n(64, seed=3)) + 0.5,
+        W2=n(64, 64, 3, 3, seed=1, scale=0.06),
+        b2=n(64, seed=4, scale=0.1),
+        G=n(10, 64, scale=0.2),
+        g0=n(10),
+    )
+
+
+@pytest.fixture
+def mlp(model_kit):
+    n = model_kit.normal
+    return model_kit.text(
+        """g (float[batch, 128] x) => (float[batch, 16] y) {
+            h = Gemm <transB = 1> (x, W, b)
+            r = Relu (h)
+            k = Gemm <transB = 1> (r, V, c)
+            s = Relu (k)
+            y = Gemm <transB = 1> (s, U, d)
+        }""",
+        W=n(256, 128, scale=0.1),
+        b=n(256, scale=0.1),
+        V=n(256, 256, scale=0.08),
+        c=n(256, scale=0.1, seed=1),
+        U=n(16, 256, scale=0.1),
+        d=n(16),
+    )
+
+
+@pytest.fixture
+def transformer(model_kit):
+    """One encoder block as exporters write it: erf-GELU and LayerNorm in pieces, masked attention."""
+    n = model_kit.normal
+    width, heads = 64, 4
+    return model_kit.text(
+        f"""g (float[batch, seq, {width}] x, float[batch, seq] mask) => (float[batch, seq, {width}] y) {{
+            mu = ReduceMean <keepdims = 1> (x, last)
+            d = Sub (x, mu)
+            d2 = Pow (d, two)
+            va = ReduceMean <keepdims = 1> (d2, last)
+            ve = Add (va, eps)
+            sd = Sqrt (ve)
+            dn = Div (d, sd)
+            ds = Mul (dn, ln_s)
+            l = Add (ds, ln_b)
+            q0 = MatMul (l, Wq)
+            q1 = Add (bq, q0)
+            q2 = Reshape (q1, split)
+            q = Transpose <perm = [0, 2, 1, 3]> (q2)
+            k0 = MatMul (l, Wk)
+            k1 = Add (k0, bk)
+            k2 = Reshape (k1, split)
+            k = Transpose <perm = [0, 2, 3, 1]> (k2)
+            v0 = MatMul (l, Wv)
+            v1 = Add (v0, bv)
+            v2 = Reshape (v1, split)
+            v = Transpose <perm = [0, 2, 1, 3]> (v2)
+            s = MatMul (q, k)
+            sc = Mul (s, scale)
+            m1 = Unsqueeze (mask, axes)
+            m2 = Sub (one, m1)
+            m3 = Mul (m2, lowest)
+            sm = Add (sc, m3)
+            p = Softmax <axis = -1> (sm)
+            o = MatMul (p, v)
+            o1 = Transpose <perm = [0, 2, 1, 3]> (o)
+            o2 = Reshape (o1, join)
+            o3 = MatMul (o2, Wo)
+            o4 = Add (o3, bo)
+            x1 = Add (x, o4)
+            f0 = MatMul (x1, W1)
+            f1 = Add (f0, b1)
+            e0 = Div (f1, root2)
+            e1 = Erf (e0)
+            e2 = Add (e1, one)
+            e3 = Mul (f1, e2)
+            f2 = Mul (e3, half)
+            f3 = MatMul (f2, W2)
+            f4 = Add (f3, b2)
+            y = Add (x1, f4)
+        }}""",
+        last=np.array([-1]),
+        two=np.array(2, np.float32),
+        eps=np.array(1e-5, np.float32),
+        ln_s=1 + n(width, scale=0.1),
+        ln_b=n(width, scale=0.1, seed=1),
+        **{f"W{c}": n(width, width, scale=0.12, seed=ord(c)) for c in "qkvo"},
+        **{f"b{c}": n(width, scale=0.1, seed=ord(c)) for c in "qkvo"},
+        split=np.array([0, 0, heads, width // heads]),
+        join=np.array([0, 0, width]),
+        scale=np.array((width // heads) ** -0.5, np.float32),
+        axes=np.array([1, 2]),
+        one=np.array(1, np.float32),
+        lowest=np.array(np.finfo(np.float32).min),
+        half=np.array(0.5, np.float32),
+        root2=np.array(np.sqrt(2), np.float32),
+        W1=n(width, 4 * width, scale=0.12),
+        b1=n(4 * width, scale=0.1),
+        W2=n(4 * width, width, scale=0.06),
+        b2=n(width, scale=0.1, seed=9),
+    )
+
+
+def transformer_feeds(count):
+    rng = np.random.default_rng(0)
+    feeds = []
+    for i in range(count):
+        mask = np.ones((2, 12), np.float32)
+        mask[:, 12 - i % 5 :] = 0
+        feeds.append({"x": rng.standard_normal((2, 12, 64)).astype(np.float32), "mask": mask})
+    return feeds
+
+
+def complete(report, floats):
+    """Every node is in integers or has a reason; JSON says the same."""
+    assert report.nodes
+    for node in report.nodes:
+        assert node.name
+        assert (node.kernel is None) != (node.reason is None), node
+        assert node.kernel is not None or node.reason
+    assert {node.op_type for node in report.refused} <= floats, {(n.op_type, n.reason) for n in report.refused}
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert {f.name for f in dataclasses.fields(report)} == set(plain)
+    assert [step["name"] for step in plain["steps"]][0] == "Canonicalize"
+    assert plain["fidelity"]["outputs"]
+    assert all(isinstance(v, (int, float, str)) for o in plain["fidelity"]["outputs"].values() for v in o.values() if v)
+
+
+def audited(path, result, target="cpu"):
+    """An audit made afresh, from what the report says the kernels are."""
+    planned = {node.name: (node.kernel,) for node in result.report.quantized}
+    movers = frozenset(node.name for node in result.report.quantized if node.kernel == "(no work)")
+    return audit.audit(path, audit.Plan(planned, movers), registry.target(target))
+
+
+# -- what it promises -----------------------------------------------------------------------------------------------
+
+
+def test_cnn(model_kit, model_free_cpu, cnn, tmp_path):
+    feeds = model_kit.feeds(cnn, 12)
+    ir.save(cnn, tmp_path / "in.onnx")
+    result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=QUIET)
+    complete(result.report, {"Relu"})
+    assert {n.kernel for n in result.report.quantized} >= {"QLinearConv", "QLinearAdd", "QGemm"}
+    found = audited(tmp_path / "out.onnx", result)
+    assert found.clean, found
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 30
+    assert (tmp_path / "out.onnx").stat().st_size < 0.3 * (tmp_path / "in.onnx").stat().st_size
+    assert all(layer.sqnr > 25 for layer in result.report.fidelity.layers)
+    assert result.report.fidelity.held_back
+    assert result.report.output == str(tmp_path / "out.onnx")
+
+
+def test_cnn_as_the_real_costs_choose(model_kit, cnn, tmp_path):
+    ir.save(cnn, tmp_path / "in.onnx")
+    options = qgraph.Options(target="x86-vnni", bench_seconds=0)
+    result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=model_kit.feeds(cnn), options=options)
+    assert sum(node.op_type == "Conv" for node in result.report.quantized) == 3
+    assert result.report.target == "x86-vnni"
+
+
+def test_mlp_with_a_dynamic_batch(model_kit, model_free_cpu, mlp, tmp_path):
+    feeds = model_kit.feeds(mlp, 12, free=8)
+    ir.save(mlp, tmp_path / "in.onnx")
+    result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=QUIET)
+    complete(result.report, {"Relu"})
+    assert [node.kernel for node in result.report.quantized] == ["QGemm"] * 3
+    assert audited(tmp_path / "out.onnx", result).clean
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 30
+    other = model_kit.feeds(mlp, 3, free=5, seed=9)
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", other) > 25
+
+
+def test_transformer(model_kit, transformer, tmp_path):
+    ir.save(transformer, tmp_path / "in.onnx")
+    feeds = transformer_feeds(12)
+    options = qgraph.Options(target="x86-vnni", bench_seconds=0)
+    result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=options)
+    kinds = {node.op_type for node in result.report.nodes}
+    assert {"Gelu", "LayerNormalization"} <= kinds and not {"Erf", "Pow", "Sqrt"} & kinds
+    found = audited(tmp_path / "out.onnx", result, "x86-vnni")
+    assert found.clean, found
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 25
+    for node in result.report.refused:
+        assert node.reason
+
+
+def test_transformer_with_everything_in_integers(model_kit, model_free_cpu, transformer, tmp_path):
+    # The attention mask of -3.4e38 must not ruin a range, nor make a layer NaN.
+    ir.save(transformer, tmp_path / "in.onnx")
+    feeds = transformer_feeds(12)
+    result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=QUIET)
+    assert audited(tmp_path / "out.onnx", result).clean
+    assert sum(node.op_type == "MatMul" for node in result.report.quantized) == 6
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 20
+
+
+def test_same_bytes_for_the_same_input_and_in_any_order_of_the_data(model_kit, model_free_cpu, cnn, tmp_path):
+    ir.save(cnn, tmp_path / "in.onnx")
+    feeds = model_kit.feeds(cnn, 10)
+    shuffled = [feeds[i] for i in np.random.default_rng(1).permutation(len(feeds))]
+    results = []
+    for name, data in (("a", feeds), ("b", feeds), ("c", shuffled)):
+        qgraph.optimize(tmp_path / "in.onnx", tmp_path / name, data=data, options=QUIET)
+        results.append((tmp_path / name).read_bytes())
+    assert results[0] == results[1]
+    assert results[0] == results[2]
+
+
+def test_same_bytes_for_any_memory_budget(model_kit, model_free_cpu, cnn, tmp_path):
+    ir.save(cnn, tmp_path / "in.onnx")
+    feeds = model_kit.feeds(cnn, 6)
+    results = []
+    for memory in (1, 60_000, 1 << 28):
+        options = dataclasses.replace(QUIET, memory=memory)
+        qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out", data=feeds, options=options)
+        results.append((tmp_path / "out").read_bytes())
+    assert results[0] == results[1] == results[2]
+
+
+def test_shuffled_data_of_a_dynamic_shape_gives_the_same_bytes(model_kit, model_free_cpu, mlp, tmp_path):
+    ir.save(mlp, tmp_path / "in.onnx")
+    feeds = [{"x": model_kit.normal(1 + i, 128, seed=i)} for i in range(8)]
+    qgraph.optimize(tmp_path / "in.onnx", tmp_path / "a", data=feeds, options=QUIET)
+    qgraph.optimize(tmp_path / "in.onnx", tmp_path / "b", data=feeds[::-1], options=QUIET)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("observer", sorted(OBSERVERS))
+def test_every_observer(model_kit, model_free_cpu, mlp, observer):
+    feeds = model_kit.feeds(mlp, 10, free=8)
+    result = qgraph.optimize(mlp, data=feeds, options=dataclasses.replace(QUIET, observer=observer))
+    assert model_kit.sqnr(mlp, result.model, feeds) > 22
+    assert len(result.report.quantized) == 3
+
+
+def test_in_memory_in_and_out(model_kit, model_free_cpu, mlp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = ir.to_proto(mlp).SerializeToString()
+    feeds = model_kit.feeds(mlp, 6)
+    result = qgraph.optimize(mlp, data=feeds, options=QUIET)
+    assert isinstance(result.model, ir.Model)
+    assert model_kit.sqnr(mlp, result.model, feeds) > 25
+    assert ir.to_proto(mlp).SerializeToString() == before, "the caller's model was changed"
+    assert not any(value.meta for value in mlp.graph.initializers.values())
+    assert list(tmp_path.iterdir()) == []
+    assert result.report.output is None
+
+
+def test_in_memory_and_file_give_the_same_bytes(model_kit, model_free_cpu, mlp, tmp_path):
+    ir.save(mlp, tmp_path / "in.onnx")
+    feeds = model_kit.feeds(mlp, 6)
+    qgraph.optimize(tmp_path / "in.onnx", tmp_path / "a.onnx", data=feeds, options=QUIET)
+    qgraph.optimize(ir.load(tmp_path / "in.onnx"), tmp_path / "b.onnx", data=feeds, options=QUIET)
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_string_paths_and_a_relative_output(model_kit, model_free_cpu, mlp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ir.save(mlp, "in.onnx")
+    qgraph.optimize("in.onnx", "out.onnx", data=model_kit.feeds(mlp), options=QUIET)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "out.onnx"]
+
+
+def test_ranges_saved_and_given_back(model_kit, model_free_cpu, mlp, tmp_path):
+    ir.save(mlp, tmp_path / "in.onnx")
+    feeds, ranges = model_kit.feeds(mlp, 8), tmp_path / "ranges.npz"
+    source = tmp_path / "in.onnx"
+    qgraph.optimize(source, tmp_path / "a", data=feeds, options=dataclasses.replace(QUIET, save_ranges=ranges))
+    qgraph.optimize(source, tmp_path / "b", data=feeds, options=dataclasses.replace(QUIET, ranges=ranges))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    # They are really used: other data changes nothing.
+    others = model_kit.feeds(mlp, 8, seed=5)
+    qgraph.optimize(source, tmp_path / "c", data=others, options=dataclasses.replace(QUIET, ranges=ranges))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+    mlp.graph.initializers["d"].const_value = ir.tensor(np.zeros(16, np.float32))
+    ir.save(mlp, tmp_path / "other.onnx")
+    with pytest.raises(DataError, match="another model"):
+        qgraph.optimize(
+            tmp_path / "other.onnx", tmp_path / "d", data=feeds, options=dataclasses.replace(QUIET, ranges=ranges)
+        )
+
+
+def test_separate_evaluation_data(model_kit, model_free_cpu, mlp):
+    feeds = model_kit.feeds(mlp, 3)
+    result = qgraph.optimize(mlp, data=feeds, evaluation=model_kit.feeds(mlp, 5, seed=3), options=QUIET)
+    assert result.report.calibration_samples == 3
+    assert (result.report.fidelity.samples, result.report.fidelity.held_back) == (5, True)
+
+
+def test_too_few_samples_to_hold_back_is_said(model_kit, model_free_cpu, mlp):
+    result = qgraph.optimize(mlp, data=model_kit.feeds(mlp, 2), options=QUIET)
+    assert not result.report.fidelity.held_back
+    assert any("too few samples" in note for note in result.report.notes)
+
+
+def test_progress_is_told(model_kit, model_free_cpu, mlp):
+    seen = []
+    qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=QUIET, progress=lambda *event: seen.append(event))
+    words = [what for what, _, _ in seen]
+    assert {"reading", "Canonicalize", "calibrating", "auditing", "comparing"} <= set(words)
+    assert all(0 <= done <= total for _, done, total in seen if total)
+
+
+# -- keep_float -----------------------------------------------------------------------------------------------------
+
+
+def test_keep_float_by_name_pattern_and_operator(model_kit, model_free_cpu, cnn):
+    for node in cnn.graph:
+        node.name = f"/net/{node.outputs[0].name}"
+    feeds = model_kit.feeds(cnn, 6)
+    options = dataclasses.replace(QUIET, keep_float=("/net/c0", "Gemm"))
+    kept = {node.name: node for node in qgraph.optimize(cnn, data=feeds, options=options).report.refused}
+    assert {"/net/c0", "/net/logits"} <= set(kept)
+    assert "/net/c0" in kept["/net/c0"].reason and "Gemm" in kept["/net/logits"].reason
+    options = dataclasses.replace(QUIET, keep_float=("/net/c?",))
+    report = qgraph.optimize(cnn, data=feeds, options=options).report
+    assert not [node for node in report.quantized if node.op_type == "Conv"]
+
+
+def test_keep_float_of_an_operator_holds_for_unnamed_nodes(model_kit, model_free_cpu, cnn):
+    assert not any(node.name for node in cnn.graph)
+    options = dataclasses.replace(QUIET, keep_float=("Conv",))
+    report = qgraph.optimize(cnn, data=model_kit.feeds(cnn, 6), options=options).report
+    assert not [node for node in report.quantized if node.op_type == "Conv"]
+
+
+def test_keep_float_of_a_node_that_is_fused_into(model_kit, model_free_cpu, cnn):
+    for node in cnn.graph:
+        node.name = f"/net/{node.outputs[0].name}"
+    options = dataclasses.replace(QUIET, keep_float=("/net/c1",))
+    report = qgraph.optimize(cnn, data=model_kit.feeds(cnn, 6), options=options).report
+    assert sum(node.op_type == "Conv" for node in report.refused) == 1
+
+
+def test_keep_float_that_matches_nothing_names_the_nearest(model_kit, model_free_cpu, cnn):
+    for node in cnn.graph:
+        node.name = f"/net/{node.outputs[0].name}"
+    with pytest.raises(OptionError, match="/net/logits"):
+        qgraph.optimize(
+            cnn, data=model_kit.feeds(cnn), options=dataclasses.replace(QUIET, keep_float=("/net/logit",))
+        )
+
+
+def test_keep_float_of_everything_is_an_error(model_kit, model_free_cpu, mlp):
+    with pytest.raises(NothingQuantizedError, match="left in float"):
+        qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=dataclasses.replace(QUIET, keep_float=("Gemm",)))
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+def untouched(folder, names=("in.onnx", "out.onnx")):
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)
+    assert (folder / "out.onnx").read_bytes() == b"the old one"
+
+
+@pytest.fixture
+def standing(mlp, tmp_path):
+    """A model, and an older output that a failure must leave alone."""
+    ir.save(mlp, tmp_path / "in.onnx")
+    (tmp_path / "out.onnx").write_bytes(b"the old one")
+    return tmp_path
+
+
+def test_output_equals_input(model_kit, mlp, tmp_path, monkeypatch):
+    ir.save(mlp, tmp_path / "in.onnx")
+    before = (tmp_path / "in.onnx").read_bytes()
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "in.onnx")
+    monkeypatch.chdir(tmp_path)
+    for output in (tmp_path / "in.onnx", "in.onnx", "./in.onnx", "link.onnx"):
+        with pytest.raises(OptionError, match="replace the input"):
+            qgraph.optimize(tmp_path / "in.onnx", output, data=model_kit.feeds(mlp), options=QUIET)
+    assert (tmp_path / "in.onnx").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.onnx", "link.onnx"]
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"target": "x86-vni"}, OptionError, "x86-vnni"),
+        ({"scheme": "int9"}, OptionError, "int8"),
+        ({"observer": "minmix"}, OptionError, "minmax"),
+        ({"keep_float": ("Gem",)}, OptionError, "Gemm"),
+    ],
+)
+def test_unknown_options_name_the_nearest(model_kit, standing, mlp, change, error, words):
+    with pytest.raises(error, match=words):
+        qgraph.optimize(
+            standing / "in.onnx",
+            standing / "out.onnx",
+            data=model_kit.feeds(mlp),
+            options=dataclasses.replace(QUIET, **change),
+        )
+    untouched(standing)
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda feeds: feeds[3]["x"].__setitem__((0, 0), np.nan), "batch 3.*NaN"),
+        (lambda feeds: feeds[3]["x"].__setitem__((0, 0), np.inf), "batch 3.*infinite"),
+        (lambda feeds: feeds.clear(), "no data"),
+        (lambda feeds: feeds[2].update(x=np.zeros((2, 127), np.float32)), "batch 2.*2x127"),
+        (lambda feeds: feeds[2].update(x=np.zeros((2, 128), np.int64)), "batch 2.*int64"),
+        (lambda feeds: feeds[1].pop("x"), "batch 1.*lacks the input 'x'"),
+        (lambda feeds: feeds[1].update(z=feeds[1].pop("x")), "batch 1.*'z'"),
+    ],
+)
+def test_wrong_data(model_kit, standing, mlp, model_free_cpu, harm, words):
+    feeds = model_kit.feeds(mlp)
+    harm(feeds)
+    with pytest.raises(DataError, match=words):
+        qgraph.optimize(standing / "in.onnx", standing / "out.onnx", data=feeds, options=QUIET)
+    untouched(standing)
+
+
+def test_overflow_inside_the_model_names_the_value(model_kit, model_free_cpu):
+    n = model_kit.normal
+    model = model_kit.text(
+        """g (float[2, 8] x) => (float[2, 8] y) {
+            h = MatMul (x, W)
+            e = Exp (h)
+            y = MatMul (e, W)
+        }""",
+        W=n(8, 8, scale=100),
+    )
+    with pytest.raises(DataError, match=r"'e' \(the output of e_Exp\).*batch"):
+        qgraph.optimize(model, data=model_kit.feeds(model), options=QUIET)
+
+
+def test_missing_folder(model_kit, mlp, tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        qgraph.optimize(mlp, tmp_path / "no" / "out.onnx", data=model_kit.feeds(mlp), options=QUIET)
+
+
+def test_output_is_a_folder(model_kit, mlp, tmp_path, model_free_cpu):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("kept")
+    with pytest.raises(QGraphError):
+        qgraph.optimize(mlp, tmp_path / "out", data=model_kit.feeds(mlp), options=QUIET)
+    assert (tmp_path / "out" / "precious").read_text() == "kept"
+
+
+def test_a_slower_result_is_not_written(model_kit, standing, mlp, model_free_cpu, monkeypatch):
+    slow = qgraph.report.Latency(1.0, 1.0, 1.0)
+    speed = qgraph.report.Speed(1, slow, slow, 0.5, 0.5, 0.5, 3)
+    monkeypatch.setattr(compiler.bench, "alternate", lambda *_, **__: speed)
+    job = {"data": model_kit.feeds(mlp)}
+    with pytest.raises(SlowerError, match="0.50x"):
+        qgraph.optimize(standing / "in.onnx", standing / "out.onnx", **job)
+    untouched(standing)
+    result = qgraph.optimize(standing / "in.onnx", standing / "out.onnx", **job, options=qgraph.Options(force=True))
+    assert result.report.speed[0].ratio == 0.5
+    onnx.load(standing / "out.onnx")
+
+
+def test_timed_result_tells_its_speed(model_kit, mlp, model_free_cpu):
+    options = qgraph.Options(bench_seconds=0.2, force=True)
+    report = qgraph.optimize(mlp, data=model_kit.feeds(mlp, 6, free=8), options=options).report
+    assert report.speed[0].threads == 1 and report.speed[0].ratio > 0
+    assert not any("not timed" in note for note in report.notes)
+
+
+def test_an_interrupt_leaves_nothing(model_kit, standing, mlp, model_free_cpu):
+    def stop(what, *_):
+        if what == "comparing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        qgraph.optimize(
+            standing / "in.onnx", standing / "out.onnx", data=model_kit.feeds(mlp), options=QUIET, progress=stop
+        )
+    untouched(standing)
+
+
+def test_nodes_that_do_not_fuse_go_back_to_float(model_kit, mlp, model_free_cpu, monkeypatch):
+    real = audit.audit
+    calls = []
+
+    def first_complains(path, plan, target):
+        found = real(path, plan, target)
+        calls.append(set(plan.operators))
+        if len(calls) == 1:
+            name = sorted(plan.operators)[0]
+            return audit.Audit(found.kernels, {name: "made up"}, {})
+        return found
+
+    monkeypatch.setattr(compiler.audit, "audit", first_complains)
+    report = qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=QUIET).report
+    assert len(calls) == 2 and len(calls[1]) == len(calls[0]) - 1
+    assert any("made up" in node.reason for node in report.refused)
+
+
+def test_a_plan_that_never_fuses_is_an_error(model_kit, standing, mlp, model_free_cpu, monkeypatch):
+    monkeypatch.setattr(
+        compiler.audit, "audit", lambda *_: audit.Audit({}, {}, {"some_weight": "a reader that nobody knows"})
+    )
+    with pytest.raises(AuditError, match="some_weight"):
+        qgraph.optimize(standing / "in.onnx", standing / "out.onnx", data=model_kit.feeds(mlp), options=QUIET)
+    untouched(standing)
+
+
+def test_overwriting_an_old_output(model_kit, standing, mlp, model_free_cpu):
+    qgraph.optimize(standing / "in.onnx", standing / "out.onnx", data=model_kit.feeds(mlp), options=QUIET)
+    assert sorted(p.name for p in standing.iterdir()) == ["in.onnx", "out.onnx"]
+    onnx.checker.check_model(onnx.load(standing / "out.onnx"))
+
+
+def test_layer_whose_relu_is_read_in_float(model_kit, model_free_cpu):
+    # onnxruntime leaves MatMul -> Relu without QuantizeLinear in float: either way out is right, an error is not.
+    n = model_kit.normal
+    model = model_kit.text(
+        "g (float[4, 16] x) => (float[4, 16] y) { h = MatMul (x, W)  r = Relu (h)  e = Erf (r)  y = MatMul (e, W) }",
+        W=n(16, 16),
+    )
+    result = qgraph.optimize(model, data=model_kit.feeds(model), options=QUIET)
+    assert "MatMul" in {node.op_type for node in result.report.quantized}
+    assert all(node.kernel or node.reason for node in result.report.nodes)

@@ -35,7 +35,7 @@ class Annotate(ir.passes.InPlacePass):
     Args:
         target: knows the kernels and costs.
         scheme: the number formats.
-        keep_float: pattern of node names (shell style), or operator -> reason, for nodes that the caller wants in float.
+        keep_float: pattern of node names (shell style), or operator -> reason, for nodes to be left in float.
         measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
     """
 
@@ -186,9 +186,9 @@ def _cut(
     users: dict[ir.Value, list[ir.Node]] = {}
     for node, kernel in kernels.items():
         for position in kernel.activations:
-            value = node.inputs[position]
-            if value is not None:
-                users.setdefault(value, []).append(node)
+            source = node.inputs[position]
+            if source is not None:
+                users.setdefault(source, []).append(node)
     for value, readers in users.items():
         # Quantized once for all its integer readers, unless its maker writes integers.
         crossing = ("quantize", value)

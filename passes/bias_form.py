@@ -48,25 +48,15 @@ def _rewrite(main: ir.Graph, add: ir.Node) -> bool:
         return False
     rank = len(x.shape)
     if rank == 2 and len(bias_shape) == 1:
-        _to_gemm(main, matmul, add, x, weight, bias)
+        gemm = ir.Node("", "Gemm", [x, weight, bias], name=matmul.name, metadata_props=dict(matmul.metadata_props))
+        graph.replace_node(main, add, gemm)
+        main.remove(matmul, safe=True)
         return True
     if rank >= 3 and len(bias_shape) == 1:
-        # The row may be shared; each sum gets its own, of a few bytes.
-        tensor = ir.tensor(np.reshape(graph.constant(bias), (1, 1, -1)), name=f"{bias.name}_row")
-        row = ir.Value(name=tensor.name, const_value=tensor, type=bias.type, shape=ir.Shape(tensor.shape))
-        if row.name not in main.initializers:
-            main.register_initializer(row)
-        add.replace_input_with(1 - position, main.initializers[str(row.name)])
+        # A bias that is shared stays shared in its new form.
+        name = f"{bias.name}_row"
+        if name not in main.initializers:
+            graph.add_initializer(main, ir.tensor(np.reshape(np.asarray(graph.constant(bias)), (1, 1, -1))), name)
+        add.replace_input_with(1 - position, main.initializers[name])
         return True
     return False
-
-
-def _to_gemm(main: ir.Graph, matmul: ir.Node, add: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value) -> None:
-    gemm = ir.Node("", "Gemm", [x, weight, bias], name=matmul.name, metadata_props=dict(matmul.metadata_props))
-    old = add.outputs[0]
-    new = gemm.outputs[0]
-    new.type, new.shape, new.name = old.type, old.shape, old.name
-    main.insert_before(add, gemm)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = None
-    main.remove([add, matmul], safe=True)

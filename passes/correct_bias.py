@@ -7,14 +7,16 @@ positions in which it meets the image.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from qgraph.passes.calibrate_weights import WEIGHT
+from qgraph.passes.insert_observers import channel_axis
 
 from qgraph import graph
 from qgraph.calibration import MEANS
-from qgraph.passes.calibrate_weights import WEIGHT
-from qgraph.passes.insert_observers import channel_axis
 from qgraph.qparams import QParams, fake_quantize
 from qgraph.targets import KERNEL, Kernel
 
@@ -56,9 +58,22 @@ def _bias_of(node: ir.Node, kernel: Kernel) -> tuple[ir.Node | None, int]:
     users = node.outputs[0].consumers()
     if len(users) == 1 and graph.is_standard(users[0], "Add") and not node.outputs[0].is_graph_output():
         position = 1 - list(users[0].inputs).index(node.outputs[0])
-        if graph.has_constant(users[0].inputs[position]):
+        if _is_row(node, kernel, users[0].inputs[position]):
             return users[0], position
     return None, 0
+
+
+def _is_row(node: ir.Node, kernel: Kernel, value: ir.Value | None) -> bool:
+    """Whether `value` is a constant of one number for each output channel, lying along the channels."""
+    weight = node.inputs[kernel.weight[0]] if kernel.weight is not None else None
+    shape, weights = graph.run_shape(value), graph.run_shape(weight)
+    if not graph.has_constant(value) or shape is None or weights is None:
+        return False
+    if node.op_type == "Conv":
+        channels, axis = weights[0], len(weights) - 1
+    else:
+        channels, axis = weights[0 if graph.attribute_int(node, "transB", 0) else -1], 1
+    return math.prod(shape) == channels and len(shape) >= axis and shape[-axis] == channels
 
 
 def _shift(node: ir.Node, weight: ir.Value, params: QParams, mean: NDArray[np.float64]) -> NDArray[np.float64] | None:
@@ -103,9 +118,4 @@ def _shifted(main: ir.Graph, bias: ir.Value, shift: NDArray[np.float64], owner: 
     array = graph.constant(bias)
     assert array is not None
     corrected = (array.astype(np.float64) - shift.reshape(array.shape)).astype(np.float32)
-    tensor = ir.tensor(corrected, name=f"{owner}_corrected_bias")
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-    )
-    main.register_initializer(value)
-    return value
+    return graph.add_initializer(main, ir.tensor(corrected), f"{owner}_corrected_bias")

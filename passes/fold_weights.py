@@ -43,11 +43,8 @@ def _fold(main: ir.Graph, node: ir.Node) -> None:
             tensor.release()
         return ir.tensor(codes, name=name)
 
-    lazy = ir.LazyTensor(evaluate, params.format.storage, ir.Shape(tensor.shape), name=name)
-    folded = ir.Value(
-        name=name, const_value=lazy, type=ir.TensorType(params.format.storage), shape=ir.Shape(tensor.shape)
-    )
+    lazy = ir.LazyTensor(evaluate, params.format.storage, ir.Shape(tensor.shape.numpy()), name=name)
     output.name = None
+    folded = graph.add_initializer(main, lazy, name)
     output.replace_all_uses_with(folded)
     main.remove(node, safe=True)
-    main.register_initializer(folded)

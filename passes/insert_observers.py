@@ -35,10 +35,10 @@ class InsertObservers(ir.passes.InPlacePass):
                 value.meta[OBSERVER] = observers.create(self.observer or value.meta[SPEC].observer)
         for node in model.graph:
             planned: Kernel | None = node.meta.get(KERNEL)
-            value = node.inputs[0] if planned is not None and planned.weight is not None else None
-            if value is not None:
+            source = node.inputs[0] if planned is not None and planned.weight is not None else None
+            if source is not None:
                 axis = channel_axis(node)
-                value.meta.setdefault(MEANS, {}).setdefault(axis, ChannelMean(axis))
+                source.meta.setdefault(MEANS, {}).setdefault(axis, ChannelMean(axis))
         return ir.passes.PassResult(model, False)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.annotate import clip_bounds
+from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 
 from qgraph import graph
-from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 from qgraph.qparams import QParams, bias_scale, quantize
 from qgraph.targets import KERNEL, QPARAMS, Kernel, Output
 
@@ -47,12 +47,7 @@ class _Writer:
     # -- pieces ---------------------------------------------------------------------------------------------------
 
     def initializer(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        tensor = ir.tensor(array, name=graph.fresh_name(name, self.names))
-        value = ir.Value(
-            name=tensor.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-        )
-        self.main.register_initializer(value)
-        return value
+        return graph.add_initializer(self.main, ir.tensor(array), graph.fresh_name(name, self.names))
 
     def constants(self, base: str, params: QParams) -> tuple[ir.Value, ir.Value]:
         zero = params.zero_point.astype(params.format.storage.numpy())

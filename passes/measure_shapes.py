@@ -57,6 +57,6 @@ class MeasureShapes(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         options = SessionOptions(level="basic", config=(("session.disable_prepacking", "1"),))
         with Session(probe, options, self.folder) as session:
-            for name, shape in session.run(feeds).items():
-                wanted[name].meta[RUN_SHAPE] = tuple(int(d) for d in shape)
+            for name, sizes in session.run(feeds).items():
+                wanted[name].meta[RUN_SHAPE] = tuple(int(d) for d in sizes)
         return ir.passes.PassResult(model, False)

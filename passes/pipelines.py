@@ -15,9 +15,9 @@ from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.recognize import Recognize
+from qgraph.passes.residual_norm import ResidualNorm
 
 from qgraph.errors import OptionError
-from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.pipeline import Context, Pipeline
 
 __all__ = ["plan", "static"]

@@ -113,11 +113,12 @@ class Recognize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         opset = model.graph.opset_imports.get("", 0)
-        rules = [_Silu.rule()]
+        # The library's `rule` carries no types.
+        rules: list[Any] = [_Silu.rule()]  # type: ignore[no-untyped-call]
         if opset >= 17:
-            rules.append(_LayerNorm.rule())
+            rules.append(_LayerNorm.rule())  # type: ignore[no-untyped-call]
         if opset >= 20:
-            rules.extend(_Gelu.rule(order) for order in range(3))
+            rules.extend(_Gelu.rule(order) for order in range(3))  # type: ignore[no-untyped-call]
         before = len(model.graph)
         rewriter.RewritePass(rewriter.RewriteRuleSet(rules, commute=True))(model)
         changed = len(model.graph) != before

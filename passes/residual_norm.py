@@ -32,7 +32,7 @@ class ResidualNorm(ir.passes.InPlacePass):
                 if graph.is_standard(node, "LayerNormalization"):
                     add = graph.producer(node.inputs[0], "Add")
                     if add is not None and add.graph is model.graph and _plain(add):
-                        _to_sum(model.graph, add)
+                        graph.replace_node(model.graph, add, ir.Node("", "Sum", list(add.inputs)))
                         changed = True
         return ir.passes.PassResult(model, changed)
 
@@ -40,13 +40,3 @@ class ResidualNorm(ir.passes.InPlacePass):
 def _plain(add: ir.Node) -> bool:
     """Two float activations; a constant side is a bias, which other fusions want."""
     return all(graph.is_float(v) and v is not None and not v.is_initializer() for v in add.inputs)
-
-
-def _to_sum(main: ir.Graph, add: ir.Node) -> None:
-    made = ir.Node("", "Sum", list(add.inputs), name=add.name, metadata_props=dict(add.metadata_props))
-    old, new = add.outputs[0], made.outputs[0]
-    new.name, new.type, new.shape = old.name, old.type, old.shape
-    main.insert_before(add, made)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = None
-    main.remove(add, safe=True)

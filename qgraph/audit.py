@@ -90,22 +90,22 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
     kernels: dict[str, str] = {}
     problems: dict[str, str] = {}
     for name, operators in plan.operators.items():
-        node = found.get(name)
-        if node is None:
+        kept = found.get(name)
+        if kept is None:
             if name in plan.movers:
                 kernels[name] = "(no work)"
             else:
                 problems[name] = f"the runtime's graph has no node of this name; expected {' or '.join(operators)}"
         elif name in plan.movers:
-            maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+            maker = kept.inputs[0].producer() if kept.inputs and kept.inputs[0] is not None else None
             if maker is not None and maker.op_type == "DequantizeLinear":
-                problems[name] = f"runs as {node.op_type} on dequantized values"
+                problems[name] = f"runs as {kept.op_type} on dequantized values"
             else:
-                kernels[name] = node.op_type
-        elif node.op_type in operators:
-            kernels[name] = node.op_type
+                kernels[name] = kept.op_type
+        elif kept.op_type in operators:
+            kernels[name] = kept.op_type
         else:
-            problems[name] = f"runs as {node.op_type}, expected {' or '.join(operators)}"
+            problems[name] = f"runs as {kept.op_type}, expected {' or '.join(operators)}"
     unfused: dict[str, str] = {}
     for node in model.graph:
         if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():

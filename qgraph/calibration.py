@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qgraph import graph, observers
-from qgraph.data import UNREADABLE, Batch, Dataset
+from qgraph.data import Batch, Dataset
+from qgraph.datafiles import UNREADABLE
 from qgraph.errors import DataError, ModelError
 from qgraph.observers import Observer
 from qgraph.observers.channel_mean import ChannelMean
@@ -136,7 +137,9 @@ def _samples(data: Dataset, single: bool) -> Iterator[Batch]:
 def save(model: ir.Model, path: Path, key: str) -> None:
     """Write the statistics of all observed values to an `.npz` file under the model's `key`."""
     values = _observed(model)
-    names, kinds, arrays = [], [], dict[str, NDArray[Any]]()
+    names: list[str] = []
+    kinds: list[str] = []
+    arrays: dict[str, NDArray[Any]] = {}
     for value in values:
         for kind, statistic in _statistics(value):
             for part, array in statistic.state().items():
@@ -167,10 +170,12 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = dict(stored.items())
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (*UNREADABLE, AttributeError, TypeError) as error:  # the last two: a .npy file
         raise DataError(f"Cannot read ranges from {str(path)!r}: {str(error).splitlines()[0]}") from error
     if not {"qgraph", "model", "names", "kinds"} <= arrays.keys():
         raise DataError(f"{str(path)!r} holds no ranges written by qgraph.")
+    if arrays["qgraph"].tolist() != [_VERSION]:
+        raise DataError(f"The ranges in {str(path)!r} are of another version of qgraph. Calibrate anew.")
     if str(arrays["model"]) != key:
         raise DataError(f"The ranges in {str(path)!r} were observed on another model. Calibrate this one anew.")
     states: dict[int, dict[str, NDArray[Any]]] = {}

@@ -17,7 +17,7 @@ from qgraph import data as sources
 from qgraph import inspection, modelio, observers, registry, terminal
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
-from qgraph.errors import QGraphError
+from qgraph.errors import OptionError, QGraphError
 
 __all__ = ["main"]
 
@@ -60,6 +60,13 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written while nothing has been done yet."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise OptionError(f"Cannot write to {str(path)!r}: it is a folder, or in a folder that does not exist.")
+    return path
+
+
 @main.command()
 @click.argument("model", type=_MODEL)
 @click.argument("output", type=_MODEL)
@@ -77,7 +84,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     type=click.IntRange(1),
     help="What the observed values of one calibration run may take.",
 )
-@click.option("--save-ranges", type=_MODEL, help="Save the observed statistics here.")
+@click.option("--save-ranges", type=_MODEL, callback=_new_file, help="Save the observed statistics here.")
 @click.option("--ranges", type=_MODEL, help="Use saved statistics of this model instead of observing --data.")
 @click.option(
     "--bench-seconds",
@@ -87,7 +94,13 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
     help="Time to measure speed, for each number of threads; 0 to skip.",
 )
 @click.option("--force", is_flag=True, help="Write the result even if it is slower than the model.")
-@click.option("--report", "report_path", type=_MODEL, help="Write everything that was decided and measured as JSON.")
+@click.option(
+    "--report",
+    "report_path",
+    type=_MODEL,
+    callback=_new_file,
+    help="Write everything that was decided and measured as JSON.",
+)
 def optimize(model: Path, output: Path, data: str, evaluation: str | None, report_path: Path | None, memory: int,
              keep_float: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Quantize MODEL, prove the result on the runtime, and write it to OUTPUT."""

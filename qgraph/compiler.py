@@ -3,67 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import functools
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import audit, bench, calibration, compare, data, errors, modelio, registry, session
-from qgraph.compare import Runnable
-from qgraph.data import Dataset, DataSource
-from qgraph.errors import AuditError, OptionError, SlowerError
-from qgraph.observers import OBSERVERS
-from qgraph.pipeline import Context
-from qgraph.report import Fidelity, NodeReport, Report, Speed
-from qgraph.session import Feeds
-from qgraph.spec import Scheme
-from qgraph.targets import KERNEL, REASON, Target
+from qgraph import modelio
+from qgraph.data import DataSource
+from qgraph.errors import OptionError
+from qgraph.job import Job, Progress
+from qgraph.options import Options
+from qgraph.report import Report
 
 __all__ = ["Options", "Result", "optimize"]
-
-Progress = Callable[[str, int, int], None]
-_HELD_BACK = 0.15
-_ROUNDS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How to optimize.
-
-    Attributes:
-        target: name of the target; `cpu` is the machine this runs on.
-        scheme: name of the scheme, one of the target's.
-        observer: name of the observer; None for the scheme's own.
-        keep_float: patterns (shell style) of node names or operator types to leave in float.
-        memory: bytes that the observed values of one calibration run may take.
-        ranges: file of saved ranges to use instead of running the calibration data.
-        save_ranges: file to save the observed ranges in.
-        bench_seconds: about how long to time both models for each thread count; 0 does not time, and so cannot promise
-            that the result is not slower.
-        force: write the result even if it is slower than its input.
-    """
-
-    target: str = "cpu"
-    scheme: str = "int8"
-    observer: str | None = None
-    keep_float: tuple[str, ...] = ()
-    memory: int = calibration.DEFAULT_BUDGET
-    ranges: Path | None = None
-    save_ranges: Path | None = None
-    bench_seconds: float = 4.0
-    force: bool = False
 
 
 @dataclasses.dataclass
 class Result:
-    """The optimized model and everything about it."""
+    """The optimized model, everything about it, and the folder of its weights while they have no other place."""
 
     model: ir.Model
     report: Report
-    _workspace: modelio.Workspace | None = None
+    workspace: modelio.Workspace | None = dataclasses.field(default=None, repr=False)
 
 
 def optimize(
@@ -97,217 +57,21 @@ def optimize(
         raise OptionError("The output would replace the input; name another file.")
     workspace = modelio.Workspace(output)
     try:
-        job = _Job(model, output, options or Options(), workspace, progress or _silent)
-        result = job.run(data, evaluation)
+        job = Job(model, output, options or Options(), workspace, progress or _silent)
+        staged = job.run(data, evaluation)
+        if output is not None:
+            staged.commit()
+        result = Result(modelio.read(output or staged.path), job.report)
     except BaseException:
         workspace.close()
         raise
-    if any(isinstance(v.const_value, ir.ExternalTensor) for v in result.model.graph.initializers.values()):
-        if output is None:
-            # The weights lie there as long as the result lives.
-            result._workspace = workspace
-            return result
-    workspace.close()
+    if output is None and modelio.has_external(result.model):
+        # The weights lie there as long as the result lives.
+        result.workspace = workspace
+    else:
+        workspace.close()
     return result
 
 
 def _silent(what: str, done: int, total: int) -> None:
     """No progress is shown."""
-
-
-class _Job:
-    """One call of `optimize`."""
-
-    def __init__(
-        self,
-        source: str | Path | ir.Model,
-        output: Path | None,
-        options: Options,
-        workspace: modelio.Workspace,
-        progress: Progress,
-    ):
-        self.options, self.workspace, self.progress, self.output = options, workspace, progress, output
-        self.target: Target = registry.target(options.target)
-        self.scheme: Scheme = self.target.scheme(options.scheme)
-        if options.observer is not None and options.observer not in OBSERVERS:
-            raise errors.unknown("observer", options.observer, OBSERVERS)
-        progress("reading", 0, 0)
-        self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else source.clone()
-        self.inputs = data.inputs_of(self.float_model)
-        self.measured: dict[str, tuple[float, float]] = {}
-        self.key = modelio.fingerprint(self.float_model)
-        self.external = modelio.has_external(self.float_model)
-        self.folder = workspace.spill(self.float_model)
-        # The original as the runtime can load it: its IR version may be too new.
-        self.float_model.ir_version = min(self.float_model.ir_version, session.max_ir_version())
-        self.original = Runnable(self.float_model, self.folder)
-        self.report = Report(
-            source=str(source) if isinstance(source, (str, Path)) else f"graph {source.graph.name!r}",
-            target=self.target.name,
-            scheme=self.scheme.name,
-            runtime=f"onnxruntime {session.runtime_version()}",
-            output=str(output) if output is not None else None,
-        )
-
-    def run(self, source: DataSource, evaluation: DataSource | None) -> Result:
-        """Build until the result is in its planned kernels and not slower than the original; then write it."""
-        start = time.perf_counter()
-        calibrate, held, apart = self._data(source, evaluation)
-        keep = self._keep_float()
-        feeds = held.first().feeds
-        for attempt in range(_ROUNDS):
-            last = attempt + 1 == _ROUNDS
-            model = self._build(calibrate, keep)
-            staged = modelio.stage(model, self.output or Path("model.onnx"), self.workspace, self.external)
-            found = self._audit(staged, model)
-            if not found.clean:
-                if last:
-                    raise AuditError(_audit_message(found))
-                keep.update(_not_chosen(model, found))
-                continue
-            slowest = self._measure(staged, feeds)
-            if slowest is None or self.options.force:
-                break
-            if last or self.measured:
-                raise SlowerError(
-                    f"The result runs at {slowest.ratio:.2f}x of its input on {slowest.threads} thread(s), even after "
-                    "its slower parts went back to float, so it was not written. Use --force to write it all the same."
-                )
-            self.measured = self._node_times(staged, model, feeds)
-            self.report.notes.append(
-                f"A first result ran at {slowest.ratio:.2f}x: the choice was made again with times measured here."
-            )
-        self._compare(staged, held, apart)
-        self.report.seconds = time.perf_counter() - start
-        if self.output is not None:
-            staged.commit()
-            return Result(modelio.read(self.output), self.report)
-        return Result(modelio.read(staged.path), self.report)
-
-    # -- stages ---------------------------------------------------------------------------------------------------
-
-    def _data(self, source: DataSource, evaluation: DataSource | None) -> tuple[Dataset, Dataset, bool]:
-        """Calibration data, evaluation data, and whether the two are apart."""
-        self.progress("reading data", 0, 0)
-        given = data.load(source, self.inputs)
-        if evaluation is not None:
-            return given, data.load(evaluation, self.inputs), True
-        calibrate, held = given.split(_HELD_BACK)
-        if held is None:
-            self.report.notes.append(
-                "There are too few samples to hold some back: the comparison ran on the calibration data itself."
-            )
-            return given, given, False
-        return calibrate, held, True
-
-    def _keep_float(self) -> dict[str, str]:
-        """Pattern -> reason; a pattern that matches nothing is an error."""
-        nodes = [(node.name or "", node.op_type) for node in self.float_model.graph.all_nodes()]
-        for pattern in self.options.keep_float:
-            if not any(fnmatch.fnmatchcase(name, pattern) or op_type == pattern for name, op_type in nodes):
-                known = {name for name, _ in nodes if name} | {op_type for _, op_type in nodes}
-                raise errors.unknown("node or operator", pattern, known)
-        return {pattern: f"left in float by the option {pattern!r}" for pattern in self.options.keep_float}
-
-    def _build(self, calibrate: Dataset, keep: dict[str, str]) -> ir.Model:
-        model = self.float_model.clone()
-        pipeline = registry.pipeline(self.scheme.pipeline)(self._context(calibrate, keep))
-        model = pipeline(model).model
-        self.report.steps = pipeline.steps
-        self.report.calibration_samples = len(calibrate)
-        if self.options.save_ranges is not None:
-            calibration.save(model, self.options.save_ranges, self.key)
-        return model
-
-    def _context(self, calibrate: Dataset | None, keep: dict[str, str]) -> Context:
-        return Context(
-            self.target,
-            self.scheme,
-            calibrate,
-            self.folder,
-            self.options.observer,
-            self.options.memory,
-            (self.options.ranges, self.key) if self.options.ranges is not None else None,
-            keep,
-            self.measured,
-            self.progress,
-        )
-
-    def _audit(self, staged: modelio.Staged, model: ir.Model) -> audit.Audit:
-        self.progress("auditing", 0, 0)
-        found = audit.audit(staged.path, audit.plan_of(model), self.target)
-        self.report.nodes = []
-        for node in model.graph.all_nodes():
-            name = node.name or ""
-            if node.meta.get(KERNEL) is not None:
-                self.report.nodes.append(NodeReport(name, node.op_type, kernel=found.kernels.get(name)))
-            elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-                reason = str(node.meta.get(REASON, "inside a body of If, Loop or Scan"))
-                self.report.nodes.append(NodeReport(name, node.op_type, reason=reason))
-        return found
-
-    def _compare(self, staged: modelio.Staged, held: Dataset, apart: bool) -> None:
-        self.progress("comparing", 0, 0)
-        options = self.target.options()
-        found: Fidelity = compare.compare(self.original, Runnable(staged.path), held, options, apart)
-        stored = ir.load(staged.path)
-        layers = compare.layer_errors(self.original, stored, staged.path.parent, held, options)
-        self.report.fidelity = dataclasses.replace(found, layers=layers)
-
-    def _measure(self, staged: modelio.Staged, feeds: Feeds) -> Speed | None:
-        """Time both; return the slowest ratio if the result is slower than the original."""
-        if self.options.bench_seconds <= 0:
-            self.report.notes.append("The models were not timed, so nothing is promised about speed.")
-            return None
-        self.report.speed = []
-        for threads in sorted({1, bench.all_threads()}):
-            what = f"timing on {threads} thread{'s' * (threads > 1)}"
-            speed = bench.alternate(
-                self.original,
-                Runnable(staged.path),
-                feeds,
-                self.target.options(),
-                threads,
-                self.options.bench_seconds,
-                functools.partial(self.progress, what),
-            )
-            self.report.speed.append(speed)
-        slowest = min(self.report.speed, key=lambda speed: speed.ratio)
-        return slowest if slowest.ratio < 1.0 else None
-
-    def _node_times(self, staged: modelio.Staged, model: ir.Model, feeds: Feeds) -> dict[str, tuple[float, float]]:
-        """Seconds of each planned node in float and in integers, from the runtime's profiles of both graphs."""
-        self.progress("profiling", 0, 0)
-        plain = self.float_model.clone()
-        registry.pipeline("plan")(self._context(None, {}))(plain)
-        options = self.target.options(threads=1)
-        in_float = bench.node_times(Runnable(plain, self.folder), feeds, options)
-        in_integers = bench.node_times(Runnable(staged.path), feeds, options)
-        planned = audit.plan_of(model).operators
-        return {
-            name: (in_float[name], in_integers[name]) for name in planned if name in in_float and name in in_integers
-        }
-
-
-def _not_chosen(model: ir.Model, found: audit.Audit) -> dict[str, str]:
-    """What the runtime did not fuse, with what was seen as the reason to leave it in float."""
-    reasons = {n: f"the runtime did not choose the planned kernel: {what}" for n, what in found.problems.items()}
-    for node in model.graph:
-        if node.meta.get(KERNEL) is None:
-            continue
-        for value in node.inputs:
-            maker = value.producer() if value is not None else None
-            source = maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else None
-            if source is not None and source.name in found.unfused:
-                reasons[str(node.name)] = "the runtime would dequantize its weight at every run"
-    return reasons
-
-
-def _audit_message(found: audit.Audit) -> str:
-    lines = [f"{name}: {what}" for name, what in found.problems.items()]
-    lines += [f"constant {name} is dequantized at every run, for {readers}" for name, readers in found.unfused.items()]
-    return (
-        "The model does not run in the planned kernels. "
-        + "; ".join(lines[:5])
-        + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
-    )

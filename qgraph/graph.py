@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "RUN_SHAPE",
+    "add_initializer",
     "all_graphs",
     "attribute_int",
     "attribute_ints",
@@ -25,6 +27,7 @@ __all__ = [
     "outer_consumers",
     "producer",
     "release",
+    "replace_node",
     "run_shape",
 ]
 
@@ -53,7 +56,7 @@ def has_constant(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.const_value is not None and not value.is_graph_input()
 
 
-def constant(value: ir.Value | None) -> NDArray[np.generic] | None:
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
     """The array of a constant, or None when it is not constant. Memory-mapped where the tensor is."""
     if value is None or not has_constant(value) or value.const_value is None:
         return None
@@ -124,6 +127,28 @@ def attribute_ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int
     """An attribute of integers."""
     found = node.attributes.get(name)
     return list(default) if found is None else list(found.as_ints())
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+    """A new constant of `graph`; `name` must be free."""
+    tensor.name = name
+    value = ir.Value(
+        name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy())
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put `new` in the place of `old`, its first output under the old one's name; unnamed nodes take the old name."""
+    before, after = old.outputs[0], new.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    new.name = new.name or old.name
+    new.metadata_props.update(old.metadata_props)
+    graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    before.name = None
+    graph.remove(old, safe=True)
 
 
 def fresh_name(base: str, taken: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
@@ -68,11 +69,9 @@ def inspect(path: Path, target: str = "cpu", scheme: str = "int8", source: DataS
     dataset = data.load(source, data.inputs_of(model)) if source is not None else None
     with modelio.Workspace() as workspace:
         context = Context(where, where.scheme(scheme), dataset, workspace.spill(model))
-        try:
+        # The reasons stand on the nodes; that nothing is left is what the caller wants to see.
+        with contextlib.suppress(NothingQuantizedError):
             registry.pipeline("plan")(context)(model)
-        except NothingQuantizedError:
-            # The reasons stand on the nodes; that nothing is left is what the caller wants to see.
-            pass
         nodes = [_node(node) for node in model.graph.all_nodes()]
     return Inspection(
         opset=opset,

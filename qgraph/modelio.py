@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -138,9 +139,12 @@ class Workspace:
 
     def __init__(self, near: Path | None = None):
         """Make the folder beside `near` (so that files can be moved into place), or among the system's."""
-        folder = near.resolve().parent if near is not None else None
+        # A link is replaced, not followed, so its own folder counts.
+        folder = near.parent.resolve() if near is not None else None
         if folder is not None and not folder.is_dir():
             raise ModelError(f"The folder {str(folder)!r} does not exist.")
+        if near is not None and near.is_dir():
+            raise ModelError(f"{str(near)!r} is a folder; name a file for the result.")
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=".qgraph-", dir=folder))
         except OSError as error:
@@ -191,13 +195,15 @@ class Staged:
 
     def commit(self) -> None:
         """Move into place, data first; on failure whatever stood there before stands again."""
-        target = self.destination.resolve()
+        folder = self.destination.parent.resolve()
         names = sorted((f.name for f in self.path.parent.iterdir()), key=lambda n: n == self.path.name)
         moved: list[tuple[Path, Path | None]] = []
         try:
             for name in names:
-                final = target.parent / name
+                final = folder / name
                 saved: Path | None = None
+                if final.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
                 if final.exists():
                     saved = self.path.parent / (name + ".previous")
                     final.replace(saved)

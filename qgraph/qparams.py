@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qgraph.errors import QuantizationError
 from qgraph.formats import INT32, Format
-from qgraph.spec import PerAxis, PerBlock, PerTensor, QuantSpec
+from qgraph.spec import PerBlock, PerTensor, QuantSpec
 
 __all__ = ["QParams", "bias_scale", "dequantize", "fake_quantize", "from_range", "limit_accumulator", "quantize"]
 
@@ -89,14 +89,8 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
         zero = np.clip(zero, fmt.lowest, fmt.highest)
     # An all-zero tensor has no range: any positive scale expresses it exactly.
     scale = np.where(scale > _SMALLEST_SCALE, scale, np.where(scale > 0, _SMALLEST_SCALE, 1.0))
-    axis = block = None
-    match spec.granularity:
-        case PerTensor():
-            pass
-        case PerAxis(axis=axis):
-            pass
-        case PerBlock(axis=axis, size=block):
-            pass
+    axis = None if isinstance(spec.granularity, PerTensor) else spec.granularity.axis
+    block = spec.granularity.size if isinstance(spec.granularity, PerBlock) else None
     return QParams(scale.astype(np.float32), zero, fmt, axis, block)
 
 
@@ -170,7 +164,7 @@ def limit_accumulator(
     # the bias's own scale, their product, must not vanish in float32
     needed = np.maximum(needed, _SMALLEST_SCALE / float(activation.scale))
     if weight.axis is None:
-        needed = np.max(needed, initial=0.0)
+        needed = np.asarray(np.max(needed, initial=0.0))
     if np.all(needed <= weight.scale):
         return weight
     scale = np.maximum(weight.scale, needed).astype(np.float32)

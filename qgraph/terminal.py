@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -151,7 +151,7 @@ def show_inspection(console: Console, path: Path, found: Inspection) -> None:
 
 
 @contextlib.contextmanager
-def progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+def progress(console: Console) -> Generator[Callable[[str, int, int], None]]:
     """A progress bar that shows itself once the work has lasted two seconds; quiet where there is no terminal."""
     bar = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console,

@@ -371,9 +371,8 @@ def test_input_with_default_keeps_its_default_and_can_be_overridden(model_kit, c
 
 
 def test_float16_is_refused_with_reasons(model_kit, tmp_path):
-    model = model_kit.text(
-        "g (float16[4, 16] x) => (float16[4, 16] y) { y = MatMul (x, W) }", W=model_kit.normal(16, 16).astype(np.float16)
-    )
+    weight = model_kit.normal(16, 16).astype(np.float16)
+    model = model_kit.text("g (float16[4, 16] x) => (float16[4, 16] y) { y = MatMul (x, W) }", W=weight)
     ir.save(model, tmp_path / "in.onnx")
     with pytest.raises(NothingQuantizedError, match="float16"):
         qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=model_kit.feeds(model))
@@ -575,7 +574,7 @@ def test_odd_names_survive(model_kit, compiled):
 def test_unnamed_nodes(model_kit, compiled):
     n = model_kit.normal
     model = model_kit.text(
-        "g (float[2, 8] x) => (float[2, 8] y) { a = MatMul (x, W)  b = MatMul (a, W)  c = MatMul (b, W)  y = Relu (c) }",
+        "g (float[2, 8] x) => (float[2, 8] y) { a = MatMul (x, W) b = MatMul (a, W) c = MatMul (b, W) y = Relu (c) }",
         W=n(8, 8, scale=0.3),
     )
     for node, name in zip(model.graph, (None, "c_MatMul", "", None), strict=True):

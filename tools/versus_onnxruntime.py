@@ -54,7 +54,11 @@ def run_tool(method: str, model: Path, calibration: Path, output: Path, samples:
         quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
         options_: dict[str, Any] = {}
         if method != "ort-default":
-            options_ = {"activation_type": ortq.QuantType.QUInt8, "weight_type": ortq.QuantType.QInt8, "per_channel": True}
+            options_ = {
+                "activation_type": ortq.QuantType.QUInt8,
+                "weight_type": ortq.QuantType.QInt8,
+                "per_channel": True,
+            }
         if method == "ort-percentile":
             options_["calibrate_method"] = ortq.CalibrationMethod.Percentile
         if method == "ort-u8s8-matmul":
@@ -88,14 +92,18 @@ def _worker(arguments: list[str]) -> None:
 @click.option("--methods", default=",".join(METHODS), show_default=True)
 @click.option("--samples", default=16, show_default=True, help="Calibration runs given to each tool.")
 @click.option("--eval-samples", default=16, show_default=True)
-@click.option("--seconds", default=12.0, show_default=True, help="Timing of each result for each thread count; 0: none.")
+@click.option(
+    "--seconds", default=12.0, show_default=True, help="Timing of each result for each thread count; 0: none."
+)
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder in which the results stay.")
 @click.option("--clean", type=click.Path(path_type=Path, exists=True), help="Another float model to time against, too.")
 def main(model: Path, calibration: Path, evaluation: Path, methods: str, samples: int, eval_samples: int,
          seconds: float, keep: Path | None, clean: Path | None) -> None:  # fmt: skip
     """Compare the tools on MODEL."""
     console = Console()
-    table = Table("tool", "output: SQNR, cosine, same top-1", "threads: speed (lowest to highest)", "tool s", "peak MB", "MB")
+    table = Table(
+        "tool", "output: SQNR, cosine, same top-1", "threads: speed (lowest to highest)", "tool s", "peak MB", "MB"
+    )
     inputs = data.inputs_of(modelio.read(model))
     held = [dict(b.feeds) for _, b in zip(range(eval_samples), data.load(evaluation, inputs), strict=False)]
     dataset = data.load(held, inputs)
@@ -103,7 +111,16 @@ def main(model: Path, calibration: Path, evaluation: Path, methods: str, samples
     folder.mkdir(parents=True, exist_ok=True)
     for method in methods.split(","):
         output = folder / f"{method}.onnx"
-        command = [sys.executable, __file__, "--worker", method, str(model), str(calibration), str(output), str(samples)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            method,
+            str(model),
+            str(calibration),
+            str(output),
+            str(samples),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             table.add_row(method, f"failed: {done.stderr.strip().splitlines()[-1][:120]}")
@@ -125,7 +142,9 @@ def main(model: Path, calibration: Path, evaluation: Path, methods: str, samples
                 name = "" if reference is model else " (clean)"
                 speeds.append(f"{threads}: {s.ratio:.2f}x ({s.ratio_low:.2f} to {s.ratio_high:.2f}){name}")
         size = np.round(modelio.size_on_disk(output) / 1e6, 1)
-        table.add_row(method, words, "\n".join(speeds), f"{cost['seconds']:.1f}", f"{cost['peak'] / 1e6:.0f}", str(size))
+        table.add_row(
+            method, words, "\n".join(speeds), f"{cost['seconds']:.1f}", f"{cost['peak'] / 1e6:.0f}", str(size)
+        )
     console.print(table)
 
 

@@ -37,8 +37,18 @@ class Observer(abc.ABC):
         """Take in all values of `array` (float, any shape; empty arrays change nothing)."""
 
     @abc.abstractmethod
-    def merge(self, other: Self) -> None:
-        """Take in all that `other` has seen."""
+    def merge(self, other: Observer) -> None:
+        """Take in all that `other`, an observer of the same kind, has seen."""
+
+    def same_kind(self, other: Observer) -> Self:
+        """`other`, known to be of this very class.
+
+        Raises:
+            TypeError: it is not; statistics of different kinds have no sum.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f"cannot merge {type(other).__name__} into {type(self).__name__}")
+        return other
 
     @property
     @abc.abstractmethod

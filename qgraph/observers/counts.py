@@ -32,12 +32,12 @@ class Bins(NamedTuple):
     Attributes:
         low: lower ends, float64 [bins].
         high: upper ends, float64 [bins]; equal to `low` for the bin of zero.
-        count: number of values, float64 [bins].
+        counts: number of values, float64 [bins].
     """
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-    count: NDArray[np.float64]
+    counts: NDArray[np.float64]
 
 
 @functools.cache
@@ -76,8 +76,9 @@ class CountingObserver(Observer):
             self._high = max(self._high, float(piece.max()) + 0.0)
             self._counts += np.bincount(piece.view(np.uint32) >> 16, minlength=_BINS)
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Observer) -> None:
         """Add the other's counts."""
+        other = self.same_kind(other)
         self._counts += other._counts
         self._low, self._high = min(self._low, other._low), max(self._high, other._high)
 

@@ -50,7 +50,7 @@ def _linear(bins: Bins, full: Range) -> tuple[NDArray[np.float64], NDArray[np.fl
     knots = np.empty(2 * bins.low.size)
     knots[0::2], knots[1::2] = bins.low, bins.high
     mass = np.zeros(knots.size)
-    mass[1::2] = bins.count
+    mass[1::2] = bins.counts
     cumulative = np.interp(edges, knots, np.cumsum(mass))
     density = np.diff(cumulative)
     return density / density.sum(), edges

@@ -51,9 +51,9 @@ class Histogram(CountingObserver):
 
 def _coarse(bins: Bins, full: Range, spec: QuantSpec) -> Range:
     """The best pair of ends, with rounding taken as step^2 / 12 of all values that are not zero."""
-    width, mass = bins.high - bins.low, float(bins.count[bins.high != bins.low].sum())
+    width, mass = bins.high - bins.low, float(bins.counts[bins.high != bins.low].sum())
     middle = (bins.low + bins.high) / 2
-    moments = bins.count * np.stack([np.ones_like(middle), middle, middle**2 + width**2 / 12])
+    moments = bins.counts * np.stack([np.ones_like(middle), middle, middle**2 + width**2 / 12])
 
     def clipped(ends: NDArray[np.float64], above: bool) -> NDArray[np.float64]:
         """Squared error of the values beyond each end; running sums from the far side, so that no tail is lost."""
@@ -64,7 +64,7 @@ def _coarse(bins: Bins, full: Range, spec: QuantSpec) -> Range:
         else:
             sums = np.concatenate([start, np.cumsum(moments, axis=1)], axis=1)
             count, first, second = sums[:, np.searchsorted(bins.high, ends, side="right")]
-        return np.maximum(second - 2 * ends * first + ends**2 * count, 0.0)
+        return np.asarray(np.maximum(second - 2 * ends * first + ends**2 * count, 0.0))
 
     lows = _candidates(bins.low[bins.low < full.low / _DEPTH], full.low)
     highs = _candidates(bins.high[bins.high > full.high / _DEPTH], full.high)
@@ -102,12 +102,12 @@ def _merge_near_zero(bins: Bins, step: float) -> Bins:
     inner = ~keep
     if not inner.any():
         return bins
-    count = float(bins.count[inner].sum())
+    count = float(bins.counts[inner].sum())
     moment = float(
-        (bins.count[inner] * (bins.low[inner] ** 2 + bins.low[inner] * bins.high[inner] + bins.high[inner] ** 2)).sum()
+        (bins.counts[inner] * (bins.low[inner] ** 2 + bins.low[inner] * bins.high[inner] + bins.high[inner] ** 2)).sum()
     )
     h = np.sqrt(moment / count)
-    return Bins(np.append(bins.low[keep], 0.0), np.append(bins.high[keep], h), np.append(bins.count[keep], count))
+    return Bins(np.append(bins.low[keep], 0.0), np.append(bins.high[keep], h), np.append(bins.counts[keep], count))
 
 
 def mean_squared_error(bins: Bins, qparams: QParams) -> float:
@@ -121,11 +121,11 @@ def mean_squared_error(bins: Bins, qparams: QParams) -> float:
     error = np.square(middle - np.clip(np.rint(middle), lowest, highest))
     integral = _antiderivative(b, lowest, highest) - _antiderivative(a, lowest, highest)
     error = np.where(point, error, integral / np.where(point, 1.0, width))
-    return float((error * bins.count).sum() / bins.count.sum()) * scale**2
+    return float((error * bins.counts).sum() / bins.counts.sum()) * scale**2
 
 
 def _antiderivative(u: NDArray[np.float64], lowest: float, highest: float) -> NDArray[np.float64]:
     """Integral from 0 to u of (t - clip(round(t)))^2: 1/12 for each whole step, cubes for the rest."""
     code = np.clip(np.rint(u), lowest, highest)
     rest = u - code
-    return code / 12 + rest * rest * rest / 3  # a power would take ten times as long
+    return np.asarray(code / 12 + rest * rest * rest / 3)  # a power would take ten times as long

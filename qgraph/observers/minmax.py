@@ -31,8 +31,9 @@ class MinMax(Observer):
         self.low, self.high = min(self.low, low), max(self.high, high)
         self._count += array.size
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Observer) -> None:
         """Widen to the other's range."""
+        other = self.same_kind(other)
         self.low, self.high = min(self.low, other.low), max(self.high, other.high)
         self._count += other._count
         self._finite &= other._finite

@@ -24,7 +24,7 @@ _WORDS = 8
 
 def _exact(value: float) -> int:
     ratio = fractions.Fraction(value) * 2**_UNIT
-    return ratio.numerator // ratio.denominator
+    return int(ratio)
 
 
 def _pack(value: int) -> NDArray[np.generic]:
@@ -58,8 +58,9 @@ class MovingAverage(Observer):
         else:
             self._finite = False
 
-    def merge(self, other: Self) -> None:
+    def merge(self, other: Observer) -> None:
         """Add the other's sums."""
+        other = self.same_kind(other)
         self._low += other._low
         self._high += other._high
         self._samples += other._samples

@@ -20,8 +20,8 @@ class Percentile(CountingObserver):
         """Quantiles, interpolated inside their bin."""
         # Both ends of every bin, so that no value is sought in the gaps between bins.
         ends = np.stack([bins.low, bins.high], axis=1).reshape(-1)
-        total = np.cumsum(bins.count)
-        share = np.stack([total - bins.count, total], axis=1).reshape(-1) / total[-1]
+        total = np.cumsum(bins.counts)
+        share = np.stack([total - bins.counts, total], axis=1).reshape(-1) / total[-1]
         tail = (1.0 - self.percent / 100.0) / 2.0
         low, high = np.interp([tail, 1.0 - tail], share, ends)
         return Range(float(low), float(high))

@@ -1,0 +1,111 @@
+"""One run's inputs: what a model takes, what a batch gives, and whether the two fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import errors
+from qgraph.errors import DataError
+
+__all__ = ["Batch", "InputSpec", "check_names", "checked", "inputs_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """What one input of the model takes: name, numpy type, shape with None for free dimensions (None: any rank)."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...] | None
+
+    @property
+    def batch(self) -> int | None:
+        """Fixed size of the first dimension, None when it is free or there is none."""
+        return self.shape[0] if self.shape else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One run's feeds and where they came from."""
+
+    name: str
+    feeds: dict[str, NDArray[Any]]
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the contents: an identity that no order of the data changes."""
+        found = hashlib.sha256()
+        for key in sorted(self.feeds):
+            found.update(key.encode())
+            found.update(repr(self.feeds[key].shape).encode())
+            found.update(np.ascontiguousarray(self.feeds[key]).tobytes())
+        return found.digest()
+
+
+def inputs_of(model: ir.Model) -> list[InputSpec]:
+    """The inputs a caller must give (those without a default)."""
+    specs: list[InputSpec] = []
+    for value in model.graph.inputs:
+        if value.name is None or value.name in model.graph.initializers:
+            continue
+        if value.dtype is None:
+            raise DataError(f"Input {value.name!r} is not a tensor with a known type; such models cannot be run here.")
+        shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
+        specs.append(InputSpec(value.name, np.dtype(value.dtype.numpy()), shape))
+    return specs
+
+
+def check_names(label: str, arrays: Mapping[str, object], inputs: list[InputSpec]) -> None:
+    """Refuse arrays that the model does not take, and inputs that have no array."""
+    wanted = [spec.name for spec in inputs]
+    for name in arrays:
+        if name not in wanted:
+            near = errors.nearest(name, wanted)
+            hint = f" Did you mean {near!r}?" if near else f" It takes: {', '.join(wanted)}."
+            raise DataError(f"{label!r} holds {name!r}, which the model does not take.{hint}")
+    for name in wanted:
+        if name not in arrays:
+            raise DataError(f"{label!r} lacks the input {name!r}.")
+
+
+def checked(batch: Batch, inputs: list[InputSpec]) -> Batch:
+    """The batch with its arrays in the model's types, or a DataError that names the batch and the input."""
+    check_names(batch.name, batch.feeds, inputs)
+    feeds: dict[str, NDArray[Any]] = {}
+    for spec in inputs:
+        array = batch.feeds[spec.name]
+        where = f"Input {spec.name!r} of {batch.name!r}"
+        if array.dtype != spec.dtype:
+            kinds = {np.dtype(spec.dtype).kind, array.dtype.kind}
+            if kinds not in ({"f"}, {"i"}, {"u"}, {"i", "u"}) or not _fits(array, spec.dtype):
+                raise DataError(f"{where} is {array.dtype}, but the model takes {spec.dtype}.")
+            with np.errstate(over="ignore"):
+                array = array.astype(spec.dtype)
+        if spec.shape is not None:
+            fits = array.ndim == len(spec.shape) and all(
+                want is None or want == got for want, got in zip(spec.shape, array.shape, strict=True)
+            )
+            if not fits:
+                wanted = "x".join("?" if d is None else str(d) for d in spec.shape) or "a scalar"
+                got = "x".join(map(str, array.shape)) or "a scalar"
+                raise DataError(f"{where} has shape {got}, but the model takes {wanted}.")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            bad = "NaN" if np.isnan(array).any() else "infinite"
+            raise DataError(f"{where} holds {bad} values: ranges would be meaningless. Clean the data.")
+        feeds[spec.name] = array
+    return Batch(batch.name, feeds)
+
+
+def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:
+    """Whether the values survive the conversion."""
+    if array.size == 0 or np.dtype(dtype).kind == "f":
+        return True
+    info = np.iinfo(dtype)
+    return bool(array.min() >= info.min and array.max() <= info.max)

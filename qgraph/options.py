@@ -1,0 +1,38 @@
+"""What a caller can choose about the main job, as frozen data."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from qgraph import calibration
+
+__all__ = ["Options"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to optimize.
+
+    Attributes:
+        target: name of the target; `cpu` is the machine this runs on.
+        scheme: name of the scheme, one of the target's.
+        observer: name of the observer; None for the scheme's own.
+        keep_float: patterns (shell style) of node names or operator types to leave in float.
+        memory: bytes that the observed values of one calibration run may take.
+        ranges: file of saved ranges to use instead of running the calibration data.
+        save_ranges: file to save the observed ranges in.
+        bench_seconds: about how long to time both models for each thread count; 0 does not time, and so cannot promise
+            that the result is not slower.
+        force: write the result even if it is slower than its input.
+    """
+
+    target: str = "cpu"
+    scheme: str = "int8"
+    observer: str | None = None
+    keep_float: tuple[str, ...] = ()
+    memory: int = calibration.DEFAULT_BUDGET
+    ranges: Path | None = None
+    save_ranges: Path | None = None
+    bench_seconds: float = 4.0
+    force: bool = False

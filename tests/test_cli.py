@@ -1,0 +1,302 @@
+"""The command line: every command on a tiny model, and every error as one message, exit code and no leftovers."""
+
+import json
+import re
+
+import click.testing
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+import qgraph
+from qgraph import bench as timing
+from qgraph import compare, report
+from qgraph.cli import main
+
+pytestmark = pytest.mark.usefixtures("model_free_cpu")
+
+
+@pytest.fixture
+def work(model_kit, tmp_path, monkeypatch):
+    """A folder with a model, its data, and other data that is wrong in one way each; it is the current folder."""
+    n = model_kit.normal
+    model = model_kit.text(
+        """g (float[batch, 16] image) => (float[batch, 4] logits) {
+            h = Gemm <transB = 1> (image, W, b)
+            r = Relu (h)
+            logits = Gemm <transB = 1> (r, V)
+        }""",
+        W=n(16, 16),
+        b=n(16),
+        V=n(4, 16),
+    )
+    for node in model.graph:
+        node.name = f"/net/{node.outputs[0].name}"
+    monkeypatch.chdir(tmp_path)
+    ir.save(model, "m.onnx")
+    good = n(12, 16, seed=1)
+    np.savez("data.npz", image=good)
+    np.save("data.npy", good)
+    np.savez("nan.npz", image=np.where(np.arange(16) == 3, np.nan, good))
+    np.savez("inf.npz", image=np.where(np.arange(16) == 3, np.inf, good))
+    np.savez("named.npz", imag=good)
+    np.savez("shape.npz", image=good[:, :5])
+    np.savez("type.npz", image=good.astype(np.int64))
+    np.savez("none.npz", image=good[:0])
+    (tmp_path / "text.onnx").write_text("this is no model")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "text.npz").write_text("this is no data")
+    (tmp_path / "void").mkdir()
+    tiny = model_kit.text("g (float[2, 16] image) => (float[2, 16] y) { y = Relu (image) }")
+    ir.save(tiny, "relu.onnx")
+    return tmp_path
+
+
+def run(*arguments):
+    found = click.testing.CliRunner().invoke(main, [str(a) for a in arguments], terminal_width=200)
+    assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+    return found
+
+
+def listing(folder):
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+QUIET = ("--bench-seconds", 0)
+
+
+# -- commands -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["data.npz", "data.npy"])
+def test_optimize(work, model_kit, data):
+    found = run("optimize", "m.onnx", "out.onnx", "--data", data, *QUIET, "--report", "r.json")
+    assert found.exit_code == 0, found.output
+    assert "2 nodes in integers: 2 Gemm as QGemm" in found.output
+    assert "dB" in found.output and "0 nodes in float" in found.output
+    onnx.checker.check_model(onnx.load("out.onnx"))
+    plain = json.loads((work / "r.json").read_text())
+    assert plain["source"] == "m.onnx" and plain["output"] == "out.onnx"
+    assert {node["kernel"] for node in plain["nodes"]} == {"QGemm"}
+    feeds = [{"image": np.load("data.npy")[i : i + 1]} for i in range(12)]
+    assert model_kit.sqnr(work / "m.onnx", work / "out.onnx", feeds) > 25
+    assert not list(work.glob(".*"))
+
+
+def test_optimize_with_every_option(work):
+    found = run(
+        *("optimize", "m.onnx", "out.onnx", "--data", "data.npz", "--eval", "data.npy", "--target", "cpu"),
+        *("--scheme", "int8", "--observer", "minmax", "--keep-float", "/net/?", "--memory", 1, "--force"),
+        *("--bench-seconds", 0.1, "--report", "r.json", "--save-ranges", "ranges.npz"),
+    )
+    assert found.exit_code == 0, found.output
+    plain = json.loads((work / "r.json").read_text())
+    assert [node["name"] for node in plain["nodes"] if node["kernel"]] == ["/net/logits"]
+    assert plain["speed"] and plain["fidelity"]["held_back"]
+    assert (work / "ranges.npz").is_file()
+
+
+def test_optimize_with_test_data_sets(work):
+    for i, row in enumerate(np.load("data.npy")):
+        folder = work / "sets" / f"test_data_set_{i}"
+        folder.mkdir(parents=True)
+        (folder / "input_0.pb").write_bytes(onnx.numpy_helper.from_array(row[None], "image").SerializeToString())
+    assert run("optimize", "m.onnx", "out.onnx", "--data", "sets", *QUIET).exit_code == 0
+
+
+def test_optimize_with_a_function(work):
+    (work / "my_feeds.py").write_text(
+        "import numpy as np\ndef feeds():\n    for row in np.load('data.npy'):\n        yield {'image': row[None]}\n"
+    )
+    found = run("optimize", "m.onnx", "out.onnx", "--data", "my_feeds:feeds", *QUIET)
+    assert found.exit_code == 0, found.output
+
+
+def test_inspect(work):
+    found = run("inspect", "m.onnx")
+    assert found.exit_code == 0, found.output
+    assert "opset 21" in found.output and "2 Gemm" in found.output and "image" in found.output
+    assert "2 nodes in integers" in found.output
+    assert "Give --data" in found.output
+    assert "Give --data" not in run("inspect", "m.onnx", "--data", "data.npz").output
+    assert not list(work.glob(".*"))
+
+
+def test_inspect_of_a_model_with_nothing_to_quantize_says_why(work):
+    found = run("inspect", "relu.onnx")
+    assert found.exit_code == 0, found.output
+    assert "no integer kernel for Relu" in found.output
+
+
+def test_validate(work):
+    found = run("validate", "m.onnx", "m.onnx", "--data", "data.npz")
+    assert found.exit_code == 0, found.output
+    assert "identical" in found.output and "logits" in found.output and "100.00%" in found.output
+    run("optimize", "m.onnx", "out.onnx", "--data", "data.npz", *QUIET)
+    found = run("validate", "m.onnx", "out.onnx", "--data", "data.npz")
+    assert re.search(r"logits\s+\d\d\.\d dB", found.output), found.output
+
+
+def test_bench(work):
+    found = run("bench", "m.onnx", "m.onnx", "--data", "data.npz", "--seconds", 0.1, "--threads", 1)
+    assert found.exit_code == 0, found.output
+    assert "1 thread " in found.output and re.search(r"\d\.\d\dx (faster|slower)", found.output)
+
+
+def test_targets_and_passes(work):
+    found = run("targets")
+    assert found.exit_code == 0
+    assert all(word in found.output for word in ("cpu", "x86-vnni", "arm64", "CPUExecutionProvider", "int8"))
+    found = run("passes")
+    assert found.exit_code == 0
+    assert all(word in found.output for word in ("Canonicalize", "Annotate", "static", "plan"))
+
+
+def test_version_and_help(work):
+    assert qgraph.__version__ in run("--version").output
+    for command in ("optimize", "inspect", "validate", "bench", "targets", "passes"):
+        found = run(command, "-h")
+        assert found.exit_code == 0 and command in found.output
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
+
+GOOD = ("--data", "data.npz", *QUIET)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("no.onnx", "out.onnx", *GOOD), "no model file 'no.onnx'"),
+        (("void", "out.onnx", *GOOD), "no model file 'void'"),
+        (("text.onnx", "out.onnx", *GOOD), "not a readable ONNX model|not an ONNX model"),
+        (("empty.onnx", "out.onnx", *GOOD), "not an ONNX model"),
+        (("data.npz", "out.onnx", *GOOD), "not a readable ONNX model|not an ONNX model"),
+        (("m.onnx", "m.onnx", *GOOD), "replace the input"),
+        (("m.onnx", "no/out.onnx", *GOOD), "'.*/no' does not exist"),
+        (("m.onnx", "void", *GOOD), "is a folder"),
+        (("m.onnx", "out.onnx", *GOOD, "--target", "x86-vni"), "Did you mean 'x86-vnni'"),
+        (("m.onnx", "out.onnx", *GOOD, "--scheme", "int9"), "Did you mean 'int8'"),
+        (("m.onnx", "out.onnx", *GOOD, "--observer", "minmx"), "Did you mean 'minmax'"),
+        (("m.onnx", "out.onnx", *GOOD, "--keep-float", "/net/logitz"), "Did you mean '/net/logits'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "dta.npz"), "Did you mean 'data.npz'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "no/where"), "no data at 'no/where'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "nan.npz"), r"'image' of 'nan.npz\[0\]' holds NaN"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "inf.npz"), r"'image' of 'inf.npz\[0\]' holds infinite"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "named.npz"), "holds 'imag'.*Did you mean 'image'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "shape.npz"), "shape 1x5, but the model takes .x16"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "type.npz"), "int64, but the model takes float32"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "none.npz"), "no data"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "void"), "holds no .npz"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "text.npz"), "Cannot read 'text.npz'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "text.onnx"), "'text.onnx' is none of"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "nomodule:f"), "Cannot import 'nomodule:f'"),
+        (("m.onnx", "out.onnx", *QUIET, "--data", "json:__name__"), "not a function"),
+        (("m.onnx", "out.onnx", *GOOD, "--eval", "nan.npz"), "holds NaN"),
+        (("m.onnx", "out.onnx", *GOOD, "--ranges", "no.npz"), "Cannot read ranges from 'no.npz'"),
+        (("m.onnx", "out.onnx", *GOOD, "--ranges", "data.npz"), "no ranges written by qgraph"),
+        (("m.onnx", "out.onnx", *GOOD, "--report", "no/r.json"), "Cannot write to 'no/r.json'"),
+        (("m.onnx", "out.onnx", *GOOD, "--save-ranges", "no/r.npz"), "Cannot write to 'no/r.npz'"),
+        (("m.onnx", "out.onnx", *GOOD, "--keep-float", "Gemm"), "nothing worth quantizing"),
+        (("relu.onnx", "out.onnx", *GOOD), "shape 1x16, but the model takes 2x16|nothing worth quantizing"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_optimize_errors(work, arguments, words):
+    before = listing(work)
+    found = run("optimize", *arguments)
+    assert found.exit_code == 1, found.output
+    assert re.search(words, found.output.replace("\n", " ")), found.output
+    assert found.output.startswith("Error: ") and "Traceback" not in found.output
+    assert len(found.output.strip().splitlines()) == 1
+    assert listing(work) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("optimize", "m.onnx"), "Missing argument"),
+        (("optimize", "m.onnx", "out.onnx"), "Missing option '--data'"),
+        (("optimize", "m.onnx", "out.onnx", *GOOD, "--schema", "int8"), "No such option.*--scheme"),
+        (("optimize", "m.onnx", "out.onnx", *GOOD, "--memory", 0), "--memory"),
+        (("optimize", "m.onnx", "out.onnx", *GOOD, "--bench-seconds", "soon"), "--bench-seconds"),
+        (("optimise", "m.onnx"), "No such command.*optimi[sz]e"),
+        (("bench", "m.onnx", "m.onnx", "--data", "data.npz", "--threads", 0), "--threads"),
+    ],
+)
+def test_wrong_usage_exits_with_2(work, arguments, words):
+    found = run(*arguments)
+    assert found.exit_code == 2
+    assert re.search(words, found.output.replace("\n", " ")), found.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "validate", "bench"])
+@pytest.mark.parametrize(
+    "model, data, target, words",
+    [
+        ("no.onnx", "data.npz", "cpu", "no model file"),
+        ("text.onnx", "data.npz", "cpu", "ONNX model"),
+        ("m.onnx", "nan.npz", "cpu", "NaN"),
+        ("m.onnx", "no.npz", "cpu", "no data at"),
+        ("m.onnx", "data.npz", "x86-vni", "Did you mean 'x86-vnni'"),
+    ],
+)
+def test_errors_of_the_other_commands(work, command, model, data, target, words):
+    before = listing(work)
+    models = (model,) if command == "inspect" else ("m.onnx", model) if model != "m.onnx" else (model, model)
+    found = run(command, *models, "--data", data, "--target", target)
+    assert found.exit_code == 1, found.output
+    assert re.search(words, found.output), found.output
+    assert len(found.output.strip().splitlines()) == 1
+    assert listing(work) == before
+
+
+def test_validate_of_models_with_other_inputs(work):
+    found = run("validate", "m.onnx", "relu.onnx", "--data", "data.npz")
+    assert found.exit_code == 1
+    assert found.output.startswith("Error: ")
+
+
+def test_bench_of_models_with_other_inputs(work, model_kit):
+    other = model_kit.text("g (float[n, 3] x) => (float[n, 3] y) { y = Relu (x) }")
+    ir.save(other, "other.onnx")
+    found = run("bench", "m.onnx", "other.onnx", "--data", "data.npz", "--seconds", 0.1, "--threads", 1)
+    assert found.exit_code == 1
+    assert found.output.startswith("Error: ")
+
+
+def test_a_slower_result_exits_with_1_and_writes_nothing(work, monkeypatch):
+    before = listing(work)
+    one = report.Latency(1, 1, 1)
+    monkeypatch.setattr(timing, "alternate", lambda *_, **__: report.Speed(1, one, one, 0.5, 0.5, 0.5, 3))
+    monkeypatch.setattr(timing, "node_times", lambda *_, **__: {"none": (1.0, 1.0)})
+    found = run("optimize", "m.onnx", "out.onnx", "--data", "data.npz")
+    assert found.exit_code == 1, found.output
+    assert "0.50x" in found.output and "--force" in found.output
+    assert listing(work) == before
+
+
+@pytest.mark.parametrize("error, words", [(KeyboardInterrupt, "Interrupted"), (MemoryError, "Out of memory")])
+def test_interrupt_and_lack_of_memory(work, monkeypatch, error, words):
+    before = listing(work)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(compare, "compare", fail)
+    found = run("optimize", "m.onnx", "out.onnx", *GOOD)
+    assert found.exit_code == 1, found.output
+    assert words in found.output
+    assert listing(work) == before
+
+
+def test_unwritable_folder(work):
+    (work / "locked").mkdir(mode=0o555)
+    try:
+        (work / "locked" / "try").write_text("")
+    except OSError:
+        found = run("optimize", "m.onnx", "locked/out.onnx", *GOOD)
+        assert found.exit_code == 1 and "Cannot write" in found.output
+    else:
+        pytest.skip("this user may write everywhere")

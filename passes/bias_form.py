@@ -24,13 +24,15 @@ class BiasForm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         changed = False
+        rows: dict[ir.Value, ir.Value] = {}
+        names = graph.value_names(model.graph)
         for node in list(model.graph):
             if graph.is_standard(node, "Add"):
-                changed |= _rewrite(model.graph, node)
+                changed |= _rewrite(model.graph, node, rows, names)
         return ir.passes.PassResult(model, changed)
 
 
-def _rewrite(main: ir.Graph, add: ir.Node) -> bool:
+def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names: set[str]) -> bool:
     for position in (0, 1):
         product, bias = add.inputs[position], add.inputs[1 - position]
         matmul = graph.producer(product, "MatMul")
@@ -54,9 +56,9 @@ def _rewrite(main: ir.Graph, add: ir.Node) -> bool:
         return True
     if rank >= 3 and len(bias_shape) == 1:
         # A bias that is shared stays shared in its new form.
-        name = f"{bias.name}_row"
-        if name not in main.initializers:
-            graph.add_initializer(main, ir.tensor(np.reshape(np.asarray(graph.constant(bias)), (1, 1, -1))), name)
-        add.replace_input_with(1 - position, main.initializers[name])
+        if bias not in rows:
+            row = ir.tensor(np.reshape(np.asarray(graph.constant(bias)), (1, 1, -1)))
+            rows[bias] = graph.add_initializer(main, row, graph.fresh_name(f"{bias.name}_row", names))
+        add.replace_input_with(1 - position, rows[bias])
         return True
     return False

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
 
 from qgraph.errors import ModelError
-from qgraph.graph import all_graphs, is_standard
+from qgraph.graph import all_graphs, fresh_name, is_standard
 
 __all__ = ["Canonicalize"]
 
@@ -49,6 +49,8 @@ class Canonicalize(ir.passes.InPlacePass):
             # only some are listed, these are defaults that a caller may override, and stay.
             common.RemoveInitializersFromInputsPass()(model)
         _convert(model, self.opset)
+        # Before the folder, which calls whatever has no name "node".
+        _name_nodes(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         # Overridable or not, an expansion of a few numbers to a weight is a weight.
         optimizer.fold_constants(
@@ -133,13 +135,15 @@ def _convert(model: ir.Model, opset: int) -> None:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """A name for every node: its first output's, which is unique; reports and audits rest on it."""
-    for graph in all_graphs(model.graph):
-        seen: set[str] = set()
-        for node in graph:
-            if not node.name or node.name in seen:
-                node.name = f"{node.outputs[0].name or 'value'}_{node.op_type}" if node.outputs else node.op_type
-            seen.add(node.name)
+    """A name of its own for every node, bodies included: made of its first output's; reports and audits rest on it."""
+    nodes = [node for graph in all_graphs(model.graph) for node in graph]
+    taken = {node.name for node in nodes if node.name}
+    seen: set[str] = set()
+    for node in nodes:
+        if not node.name or node.name in seen:
+            output = node.outputs[0].name if node.outputs else None
+            node.name = fresh_name(f"{output or 'value'}_{node.op_type}", taken)
+        seen.add(node.name)
 
 
 def _infer(model: ir.Model) -> None:

@@ -118,4 +118,4 @@ def _shifted(main: ir.Graph, bias: ir.Value, shift: NDArray[np.float64], owner: 
     array = graph.constant(bias)
     assert array is not None
     corrected = (array.astype(np.float64) - shift.reshape(array.shape)).astype(np.float32)
-    return graph.add_initializer(main, ir.tensor(corrected), f"{owner}_corrected_bias")
+    return graph.add_initializer(main, ir.Tensor(corrected), f"{owner}_corrected_bias")

@@ -39,15 +39,13 @@ class InsertQDQ(ir.passes.InPlacePass):
 class _Writer:
     def __init__(self, main: ir.Graph):
         self.main = main
-        self.names = {v.name for v in main.inputs if v.name} | set(main.initializers)
-        self.names |= {v.name for node in main for v in node.outputs if v.name}
-        self.names |= {v.name for body in main.subgraphs() for node in body for v in node.outputs if v.name}
+        self.names = graph.value_names(main)
         self.weights: dict[tuple[object, ...], ir.Value] = {}
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
     def initializer(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return graph.add_initializer(self.main, ir.tensor(array), graph.fresh_name(name, self.names))
+        return graph.add_initializer(self.main, ir.Tensor(np.asarray(array)), graph.fresh_name(name, self.names))
 
     def constants(self, base: str, params: QParams) -> tuple[ir.Value, ir.Value]:
         zero = params.zero_point.astype(params.format.storage.numpy())

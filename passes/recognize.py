@@ -42,8 +42,10 @@ class _Gelu(RewriteRuleClassBase):
 
     def check(self, context: Any, x: ir.Value, root: ir.Value, one: ir.Value, half: ir.Value) -> MatchResult:
         result = MatchResult()
-        divided = any(node.op_type == "Div" for node in root.consumers())
-        if not _is(root, math.sqrt(2) if divided else 1 / math.sqrt(2)):
+        # The root may be shared: only what is done with it to x, on the way to Erf, counts.
+        ways = {node.op_type for node in root.consumers() if x in node.inputs and node.op_type in ("Div", "Mul")}
+        divided = ways == {"Div"}
+        if len(ways) != 1 or not _is(root, math.sqrt(2) if divided else 1 / math.sqrt(2)):
             return result.fail("not divided by the root of 2", root)
         if not (_is(one, 1.0) and _is(half, 0.5)):
             return result.fail("other constants", one)
@@ -113,12 +115,17 @@ class Recognize(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         opset = model.graph.opset_imports.get("", 0)
-        # The library's `rule` carries no types.
-        rules: list[Any] = [_Silu.rule()]  # type: ignore[no-untyped-call]
-        if opset >= 17:
+        present = {node.op_type for node in model.graph.all_nodes()}
+        rules: list[Any] = []
+        # A rule whose characteristic operator is absent would only cost time.
+        if "Sigmoid" in present:
+            rules.append(_Silu.rule())  # type: ignore[no-untyped-call]
+        if opset >= 17 and "ReduceMean" in present:
             rules.append(_LayerNorm.rule())  # type: ignore[no-untyped-call]
-        if opset >= 20:
+        if opset >= 20 and "Erf" in present:
             rules.extend(_Gelu.rule(order) for order in range(3))  # type: ignore[no-untyped-call]
+        if not rules:
+            return ir.passes.PassResult(model, False)
         before = len(model.graph)
         rewriter.RewritePass(rewriter.RewriteRuleSet(rules, commute=True))(model)
         changed = len(model.graph) != before

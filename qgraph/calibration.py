@@ -168,7 +168,8 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
         DataError: not a file of ranges, or of another model, or without one of the values.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Numpy would leave a damaged archive open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored.items())
     except (*UNREADABLE, AttributeError, TypeError) as error:  # the last two: a .npy file
         raise DataError(f"Cannot read ranges from {str(path)!r}: {str(error).splitlines()[0]}") from error

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -142,7 +144,8 @@ class _Spool:
 
     def __init__(self, source: Iterator[Mapping[str, Any]]):
         self._source = source
-        self._folder = tempfile.TemporaryDirectory(prefix="qgraph-data-")
+        self._folder = Path(tempfile.mkdtemp(prefix="qgraph-data-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: list[Path] = []
 
     def batches(self) -> Iterator[Batch]:
@@ -156,7 +159,7 @@ class _Spool:
             batch = next(_from_feeds(self._source, "batch", number), None)
             if batch is None:
                 return
-            path = Path(self._folder.name) / f"{number}.npz"
+            path = self._folder / f"{number}.npz"
             # A prefix, since an input may be called like a parameter of `savez`.
             np.savez(path, **{f"_{name}": a for name, a in batch.feeds.items()})  # type: ignore[arg-type, unused-ignore]
             self._files.append(path)

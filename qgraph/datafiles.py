@@ -69,17 +69,20 @@ def _from_protos(folder: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
 def _from_arrays(path: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
     """Samples along axis 0, as many a run as the model's batch size: one where it is free."""
     try:
-        loaded = np.load(path, mmap_mode="r" if path.suffix == ".npy" else None, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            if len(inputs) != 1:
-                raise DataError(
-                    f"{path.name!r} holds one array, but the model takes {len(inputs)} inputs: "
-                    f"{', '.join(i.name for i in inputs)}. Use .npz with one array for each."
-                )
-            arrays: dict[str, NDArray[Any]] = {inputs[0].name: loaded}
-        else:
-            with loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
+        mapped = path.suffix == ".npy"
+        # Numpy would leave a damaged archive open.
+        with path.open("rb") as file:
+            loaded = np.load(path if mapped else file, mmap_mode="r" if mapped else None, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                if len(inputs) != 1:
+                    raise DataError(
+                        f"{path.name!r} holds one array, but the model takes {len(inputs)} inputs: "
+                        f"{', '.join(i.name for i in inputs)}. Use .npz with one array for each."
+                    )
+                arrays: dict[str, NDArray[Any]] = {inputs[0].name: loaded}
+            else:
+                with loaded:
+                    arrays = {name: loaded[name] for name in loaded.files}
     except UNREADABLE as error:
         raise DataError(f"Cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
     check_names(path.name, arrays, inputs)
@@ -110,4 +113,4 @@ def _sliced(label: str, arrays: dict[str, NDArray[Any]], inputs: list[InputSpec]
             else arrays[name]
             for name in arrays
         }
-        yield Batch(f"{label}[{start}]", {name: np.ascontiguousarray(array) for name, array in feeds.items()})
+        yield Batch(f"{label}[{start}]", {name: np.asarray(array, order="C") for name, array in feeds.items()})

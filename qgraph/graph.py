@@ -29,6 +29,7 @@ __all__ = [
     "release",
     "replace_node",
     "run_shape",
+    "value_names",
 ]
 
 RUN_SHAPE = "qgraph.shape"
@@ -149,6 +150,16 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
     before.name = None
     graph.remove(old, safe=True)
+
+
+def value_names(graph: ir.Graph) -> set[str]:
+    """The names of all values of `graph` and of the bodies in it, where a new value must not hide or be hidden."""
+    names: set[str] = set()
+    for one in all_graphs(graph):
+        names.update(v.name for v in one.inputs if v.name)
+        names.update(one.initializers)
+        names.update(v.name for node in one for v in node.outputs if v.name)
+    return names
 
 
 def fresh_name(base: str, taken: set[str]) -> str:

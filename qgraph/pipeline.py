@@ -60,11 +60,11 @@ class Pipeline(ir.passes.Sequential):
         """Run all passes in order; `steps` tells afterwards what happened."""
         modified = False
         self.steps = []
+        before = _operators(model)
         for number, one in enumerate(self.passes):
             name = type(one).__name__
             if self._progress is not None:
                 self._progress(name, number, len(self.passes))
-            before = _operators(model)
             start = time.perf_counter()
             result = one(model)
             seconds = time.perf_counter() - start
@@ -75,6 +75,7 @@ class Pipeline(ir.passes.Sequential):
                 op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]
             }
             self.steps.append(Step(name, seconds, delta))
+            before = after
         return ir.passes.PassResult(model, modified)
 
     def __str__(self) -> str:

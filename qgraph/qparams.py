@@ -153,6 +153,9 @@ def limit_accumulator(
         weight: symmetric parameters of the weight, scale of shape [channels] or ().
         absolute_sums: sum of |weight| of each output channel, [channels].
         bias: [channels], or None.
+
+    Raises:
+        QuantizationError: no float32 scale is wide enough.
     """
     fmt = activation.format
     reach = float(np.max(np.maximum(fmt.highest - activation.zero_point, activation.zero_point - fmt.lowest)))
@@ -167,5 +170,7 @@ def limit_accumulator(
         needed = np.asarray(np.max(needed, initial=0.0))
     if np.all(needed <= weight.scale):
         return weight
+    if not np.all(needed <= np.finfo(np.float32).max):
+        raise QuantizationError("A bias is so much larger than its layer's input that no scale can hold both.")
     scale = np.maximum(weight.scale, needed).astype(np.float32)
     return dataclasses.replace(weight, scale=scale)

@@ -141,7 +141,7 @@ class Session:
         try:
             results = self._session.run(names, dict(feeds))
         except Exception as error:
-            shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in feeds.items())
+            shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in feeds.items()) or "nothing"
             raise ExecutionError(f"onnxruntime cannot run the model on {shapes}: {_words(error)}") from error
         return dict(zip(names, results, strict=True))
 

@@ -266,11 +266,11 @@ def test_bench_of_models_with_other_inputs(work, model_kit):
     assert found.output.startswith("Error: ")
 
 
-def test_a_slower_result_exits_with_1_and_writes_nothing(work, monkeypatch):
+def test_a_slower_result_exits_with_1_and_writes_nothing(work, model_kit, monkeypatch):
     before = listing(work)
     one = report.Latency(1, 1, 1)
     monkeypatch.setattr(timing, "alternate", lambda *_, **__: report.Speed(1, one, one, 0.5, 0.5, 0.5, 3))
-    monkeypatch.setattr(timing, "node_times", lambda *_, **__: {"none": (1.0, 1.0)})
+    model_kit.node_times(monkeypatch)
     found = run("optimize", "m.onnx", "out.onnx", "--data", "data.npz")
     assert found.exit_code == 1, found.output
     assert "0.50x" in found.output and "--force" in found.output

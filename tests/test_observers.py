@@ -188,7 +188,7 @@ def test_pieces_are_only_a_matter_of_speed(monkeypatch):
 
 def test_create_knows_all_and_names_the_nearest():
     assert all(type(observers.create(name)) is kind for name, kind in OBSERVERS.items())
-    with pytest.raises(OptionError, match="Unknown observer 'histogrm'. Did you mean 'histogram'"):
+    with pytest.raises(OptionError, match=r"Unknown observer 'histogrm'\. Did you mean 'histogram'"):
         observers.create("histogrm")
 
 

@@ -303,7 +303,7 @@ def layers(draw):
     array = np.clip(array * magnitudes[:, None], -1e37, 1e37).astype(np.float32)
     bias = None
     if draw(st.booleans()):
-        bias = rng.choice([-1.0, 0.0, 1.0], channels) * 10.0 ** draw(EXPONENTS)
+        bias = rng.choice([-1.0, 0.0, 1.0], channels) * 10.0 ** draw(st.floats(-37, 8))
         bias = bias.astype(np.float32)
     reach = 10.0 ** draw(EXPONENTS)
     activation = from_range(-reach * draw(st.sampled_from([0.0, 0.5, 1.0])), reach, QuantSpec(UINT8))
@@ -371,6 +371,13 @@ def test_a_sum_too_long_is_limited_without_a_bias():
     assert bounds_of(activation, weight, array, None)[0] > 2**31
     limited = limit_accumulator(activation, weight, np.abs(array).sum(1), None)
     assert 0.9 * 2**31 < bounds_of(activation, limited, array, None)[0] < 2**31
+
+
+def test_a_bias_beyond_all_scales_is_an_error():
+    activation = from_range(0.0, 1e-31, QuantSpec(UINT8))
+    weight = from_range([-1.0], [1.0], QuantSpec(INT8, PerAxis(0), symmetric=True))
+    with pytest.raises(QuantizationError, match="no scale can hold both"):
+        limit_accumulator(activation, weight, np.array([7.0]), np.array([1e15], np.float32))
 
 
 @given(st.floats(1e-38, 1e18), st.floats(1e-38, 1e18))

@@ -19,9 +19,12 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.errors import NothingQuantizedError
 from qgraph.spec import Scheme
-from qgraph.targets import KERNEL, REASON, SPEC, Kernel, Output, Refusal, Target
+from qgraph.targets import ABSORBED, KERNEL, REASON, SPEC, Kernel, Output, Refusal, Target
 
-__all__ = ["GROUP", "Annotate"]
+__all__ = ["FOLLOWS", "GROUP", "Annotate", "clip_bounds"]
+
+FOLLOWS = "qgraph.follows"
+"""Key in `Value.meta`: the value only repeats values of its group, and needs no observer of its own."""
 
 GROUP = "qgraph.group"
 """Key in `Value.meta`: name of the value whose parameters this one shares."""
@@ -72,12 +75,7 @@ class Annotate(ir.passes.InPlacePass):
             if node in chosen:
                 node.meta[KERNEL] = kernel
             else:
-                gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
-                node.meta[REASON] = (
-                    f"an integer kernel exists and gains about {gain:.1f} us, but the way in and out costs more"
-                    if gain > 0
-                    else f"the integer kernel is slower by about {-gain:.1f} us"
-                )
+                node.meta[REASON] = _worth(kernel)
         if not chosen:
             raise NothingQuantizedError(
                 f"Scheme {self.scheme.name!r} finds nothing worth quantizing on target {self.target.name!r}: "
@@ -123,6 +121,7 @@ class Annotate(ir.passes.InPlacePass):
             if node not in chosen:
                 continue
             kernel = kernels[node]
+            inputs = [value for i in kernel.activations if (value := node.inputs[i]) is not None]
             for position, spec in kernel.activations.items():
                 value = node.inputs[position]
                 if value is not None:
@@ -131,13 +130,30 @@ class Annotate(ir.passes.InPlacePass):
                 value.meta[SPEC] = kernel.result
                 absorbed = value.producer()
                 if absorbed is not None and absorbed is not node:
-                    absorbed.meta[REASON] = f"absorbed by the quantizer of {graph.label(node)}"
-            if kernel.shares:
-                inputs = [value for i in kernel.activations if (value := node.inputs[i]) is not None]
-                for value in (*inputs[1:], *results[node]):
+                    absorbed.meta[ABSORBED] = graph.label(node)
+                    groups.limit(value, clip_bounds(absorbed))
+                if kernel.shares:
                     groups.join(inputs[0], value)
+                    value.meta[FOLLOWS] = True
+        for node in main:
+            if node in chosen and kernels[node].joins:
+                inputs = [value for i in kernels[node].activations if (value := node.inputs[i]) is not None]
+                # A common range must not reach beyond the bounds of a Relu or Clip that a quantizer stands for.
+                if len({groups.bounds(value) for value in inputs}) == 1:
+                    for value in (*inputs[1:], *results[node]):
+                        groups.join(inputs[0], value)
+                    for value in results[node]:
+                        value.meta[FOLLOWS] = True
         for value, root in groups.roots():
             value.meta[GROUP] = root.name
+
+
+def _worth(kernel: Kernel) -> str:
+    """Why a node with an integer kernel is better off in float."""
+    gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
+    if gain < -0.05:
+        return f"the integer kernel is slower by about {-gain:.1f} us"
+    return f"an integer kernel exists, but gains only {max(gain, 0):.1f} us, less than the way in and out costs"
 
 
 def _absorbable(node: ir.Node) -> bool:
@@ -226,6 +242,7 @@ class _Groups:
 
     def __init__(self) -> None:
         self._parent: dict[ir.Value, ir.Value] = {}
+        self._bounds: dict[ir.Value, tuple[float | None, float | None]] = {}
 
     def find(self, value: ir.Value) -> ir.Value:
         """The group's representative."""
@@ -236,8 +253,16 @@ class _Groups:
         return value
 
     def join(self, first: ir.Value, second: ir.Value) -> None:
-        """Put both into one group."""
+        """Put both into one group; the first one's representative stays."""
         self._parent[self.find(second)] = self.find(first)
+
+    def limit(self, value: ir.Value, bounds: tuple[float | None, float | None]) -> None:
+        """The group of `value` must stay within these bounds."""
+        self._bounds[self.find(value)] = bounds
+
+    def bounds(self, value: ir.Value) -> tuple[float | None, float | None] | None:
+        """What `limit` said about the group, None for no limit."""
+        return self._bounds.get(self.find(value))
 
     def roots(self) -> list[tuple[ir.Value, ir.Value]]:
         """(member, representative) of every group."""

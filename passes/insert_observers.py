@@ -6,6 +6,7 @@ Outputs of operators that only move codes have no range of their own: their valu
 from __future__ import annotations
 
 import onnx_ir as ir
+from qgraph.passes.annotate import FOLLOWS
 
 from qgraph import observers
 from qgraph.calibration import MEANS, OBSERVER
@@ -29,9 +30,7 @@ class InsertObservers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
         for value in annotated(model.graph):
-            maker = value.producer()
-            kernel: Kernel | None = maker.meta.get(KERNEL) if maker is not None else None
-            if kernel is None or not kernel.shares:
+            if FOLLOWS not in value.meta:
                 value.meta[OBSERVER] = observers.create(self.observer or value.meta[SPEC].observer)
         for node in model.graph:
             planned: Kernel | None = node.meta.get(KERNEL)

@@ -8,6 +8,8 @@ fold; biases become int32 at once, at a scale whose accumulator provably cannot 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -44,8 +46,8 @@ class _Writer:
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
-    def initializer(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        return graph.add_initializer(self.main, ir.Tensor(np.asarray(array)), graph.fresh_name(name, self.names))
+    def initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
+        return graph.add_initializer(self.main, ir.Tensor(array), graph.fresh_name(name, self.names))
 
     def constants(self, base: str, params: QParams) -> tuple[ir.Value, ir.Value]:
         zero = params.zero_point.astype(params.format.storage.numpy())
@@ -125,8 +127,8 @@ class _Writer:
         low, high = clip_bounds(maker)
         bottom, top = params.range
         step = float(np.max(params.scale))
-        # A bound met to within a quarter of a step changes no code but the outermost.
-        if low is None or high is None or bottom < low - step / 4 or top > high + step / 4:
+        # Rounding the zero point may move the ends by half a step, as much as any value is rounded.
+        if low is None or high is None or bottom < low - 0.51 * step or top > high + 0.51 * step:
             return value
         before.meta.update({k: v for k, v in value.meta.items() if k.startswith("qgraph.")})
         return before

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 import qgraph
 from qgraph import bench as timing
@@ -70,7 +69,7 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
 @main.command()
 @click.argument("model", type=_MODEL)
 @click.argument("output", type=_MODEL)
-@click.option("--data", required=True, help="Calibration data: " + _DATA_HELP)
+@click.option("--data", help="Calibration data, a few dozen typical inputs: " + _DATA_HELP)
 @click.option("--eval", "evaluation", help="Data to compare on; by default a part of --data is held back for it.")
 @_common
 @click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
@@ -101,7 +100,7 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     callback=_new_file,
     help="Write everything that was decided and measured as JSON.",
 )
-def optimize(model: Path, output: Path, data: str, evaluation: str | None, report_path: Path | None, memory: int,
+def optimize(model: Path, output: Path, data: str | None, evaluation: str | None, report_path: Path | None, memory: int,
              keep_float: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Quantize MODEL, prove the result on the runtime, and write it to OUTPUT."""
     console = Console()
@@ -124,9 +123,10 @@ def optimize(model: Path, output: Path, data: str, evaluation: str | None, repor
 @_common
 @click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
 @click.option("--data", help="Data whose first sample tells the sizes of dynamic dimensions: " + _DATA_HELP)
-def inspect(model: Path, target: str, scheme: str, data: str | None) -> None:
+@click.option("--nodes", is_flag=True, help="List every node.")
+def inspect(model: Path, target: str, scheme: str, data: str | None, nodes: bool) -> None:
     """Show MODEL's operators and sizes, what would be quantized, and why the rest would not."""
-    terminal.show_inspection(Console(), model, inspection.inspect(model, target, scheme, data))
+    terminal.show_inspection(Console(), model, inspection.inspect(model, target, scheme, data), nodes)
 
 
 @main.command()
@@ -169,20 +169,10 @@ def bench(first: Path, second: Path, data: str, seconds: float, threads: tuple[i
 @main.command()
 def targets() -> None:
     """List the targets."""
-    table = Table("target", "what it is", "provider", "schemes", box=None, padding=(0, 2))
-    for name in registry.targets():
-        target = registry.target(name)
-        mine = f" (here: {target.name})" if target.name != name else ""
-        table.add_row(name + mine, target.description, target.provider, ", ".join(target.schemes))
-    Console().print(table)
+    terminal.show_targets(Console(), {name: registry.target(name) for name in registry.targets()})
 
 
 @main.command()
 def passes() -> None:
     """List the passes and pipelines."""
-    table = Table("pass", "what it does", box=None, padding=(0, 2))
-    for name, line in registry.passes().items():
-        table.add_row(name, line)
-    console = Console()
-    console.print(table)
-    console.print(f"pipelines: {', '.join(registry.pipelines())}")
+    terminal.show_passes(Console(), registry.passes(), registry.pipelines())

@@ -47,7 +47,8 @@ class _Error:
         difference = x - y
         self.signal += float(np.square(x).sum())
         self.noise += float(np.square(difference).sum())
-        self.largest = max(self.largest, float(np.abs(difference).max(initial=0.0)))
+        # NaN stays NaN, where `max` would lose it.
+        self.largest = float(np.maximum(self.largest, np.abs(difference).max(initial=0.0)))
         rows = x.shape[0] if x.ndim else 1
         x, y = x.reshape(rows, -1), y.reshape(rows, -1)
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)

@@ -30,7 +30,7 @@ def optimize(
     model: str | Path | ir.Model,
     output: str | Path | None = None,
     *,
-    data: DataSource,
+    data: DataSource | None = None,
     evaluation: DataSource | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
@@ -40,7 +40,7 @@ def optimize(
     Args:
         model: a file or an IR; neither is changed.
         output: where to write the result; None only returns it.
-        data: calibration data, see `qgraph.data.load`.
+        data: calibration data, see `qgraph.data.load`; static quantization cannot do without.
         evaluation: data for the comparison with the original. By default a part of `data`, chosen by content, is held
             back from calibration for it.
         options: see `Options`.
@@ -52,6 +52,11 @@ def optimize(
     Raises:
         QGraphError: see `qgraph.errors`; nothing has been written then, and an older output still stands.
     """
+    if data is None:
+        raise OptionError(
+            "Static quantization needs calibration data (--data): a few dozen typical inputs, for instance an .npz "
+            "file with an array for each input, samples along axis 0."
+        )
     output = Path(output) if output is not None else None
     if output is not None and isinstance(model, (str, Path)) and output.resolve() == Path(model).resolve():
         raise OptionError("The output would replace the input; name another file.")

@@ -15,7 +15,7 @@ from qgraph.data import DataSource
 from qgraph.errors import NothingQuantizedError
 from qgraph.pipeline import Context
 from qgraph.report import NodeReport
-from qgraph.targets import KERNEL, REASON
+from qgraph.targets import ABSORBED, KERNEL, REASON
 
 __all__ = ["Inspection", "inspect"]
 
@@ -90,6 +90,8 @@ def _node(node: ir.Node) -> NodeReport:
     kernel = node.meta.get(KERNEL)
     if kernel is not None:
         return NodeReport(node.name or "", node.op_type, kernel=kernel.operators[0])
+    if ABSORBED in node.meta:
+        return NodeReport(node.name or "", node.op_type, kernel="(absorbed)")
     return NodeReport(node.name or "", node.op_type, reason=str(node.meta.get(REASON, "not looked at")))
 
 

@@ -21,7 +21,7 @@ from qgraph.pipeline import Context
 from qgraph.report import Fidelity, NodeReport, Report, Speed
 from qgraph.session import Feeds
 from qgraph.spec import Scheme
-from qgraph.targets import KERNEL, REASON, Target
+from qgraph.targets import ABSORBED, KERNEL, REASON, Target
 
 __all__ = ["Job", "Progress"]
 
@@ -160,6 +160,8 @@ class Job:
             name = node.name or ""
             if node.meta.get(KERNEL) is not None:
                 self.report.nodes.append(NodeReport(name, node.op_type, kernel=found.kernels.get(name)))
+            elif ABSORBED in node.meta:
+                self.report.nodes.append(NodeReport(name, node.op_type, kernel="(absorbed)"))
             elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 reason = str(node.meta.get(REASON, "inside a body of If, Loop or Scan"))
                 self.report.nodes.append(NodeReport(name, node.op_type, reason=reason))

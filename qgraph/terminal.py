@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -15,6 +15,7 @@ from rich.text import Text
 
 from qgraph.inspection import Inspection
 from qgraph.report import Fidelity, NodeReport, Report, Speed
+from qgraph.targets import Target
 
 __all__ = ["progress", "show_fidelity", "show_inspection", "show_report", "show_speed", "size"]
 
@@ -76,7 +77,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print()
         show_fidelity(console, report.fidelity)
     console.print()
-    _show_nodes(console, report.nodes)
+    _show_nodes(console, report.nodes, "see the report (--report FILE)")
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
 
@@ -117,7 +118,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
         console.print(Text(f"least faithful inside: {listing}", style="dim"))
 
 
-def _show_nodes(console: Console, nodes: list[NodeReport]) -> None:
+def _show_nodes(console: Console, nodes: list[NodeReport], more: str) -> None:
     integer = Counter(f"{n.op_type} as {n.kernel}" if n.kernel != n.op_type else n.op_type for n in nodes if n.kernel)
     listing = ", ".join(f"{count} {what}" for what, count in integer.most_common())
     console.print(Text.assemble((f"{sum(integer.values())} nodes in integers: ", "bold"), listing or "none"))
@@ -128,12 +129,12 @@ def _show_nodes(console: Console, nodes: list[NodeReport]) -> None:
         table.add_row(str(count), op_type, Text(reason))
     rest = sum(count for _, count in reasons.most_common()[_MOST_REASONS:])
     if rest:
-        table.add_row(str(rest), "others", Text("see the report (--report FILE)", style="dim"))
+        table.add_row(str(rest), "others", Text(more, style="dim"))
     console.print(table)
 
 
-def show_inspection(console: Console, path: Path, found: Inspection) -> None:
-    """The summary of `inspect`."""
+def show_inspection(console: Console, path: Path, found: Inspection, every: bool) -> None:
+    """The summary of `inspect`; with `every`, each node on a line."""
     console.print(Text(str(path), style="bold"))
     console.print(
         f"opset {found.opset}, IR {found.ir_version}, {size(found.disk)} on disk, {size(found.weights)} of weights",
@@ -145,9 +146,34 @@ def show_inspection(console: Console, path: Path, found: Inspection) -> None:
             table.add_row(Text(kind, style="dim"), Text(name), Text(words))
     listing = ", ".join(f"{count} {op}" for op, count in found.operators.items())
     console.print(Group(table, Text(""), Text(listing), Text("")))
-    _show_nodes(console, found.nodes)
+    if every:
+        table = _grid("l", "l", "l")
+        for node in found.nodes:
+            table.add_row(Text(node.name), node.op_type, Text(f"as {node.kernel}" if node.kernel else str(node.reason)))
+        console.print(table)
+    else:
+        _show_nodes(console, found.nodes, "see them all with --nodes")
     if not found.measured:
         console.print("Give --data to plan with measured shapes instead of declared ones.", style="dim")
+
+
+def show_targets(console: Console, targets: Mapping[str, Target]) -> None:
+    """The list of `targets`; one that stands for another here says so."""
+    table = _grid("l", "l")
+    for name, target in targets.items():
+        same = f" (here: {target.name})" if target.name != name else ""
+        table.add_row(Text(name, style="bold"), Text(target.description + same))
+        table.add_row("", Text(f"{target.provider}; schemes: {', '.join(target.schemes)}", style="dim"))
+    console.print(table)
+
+
+def show_passes(console: Console, passes: Mapping[str, str], pipelines: list[str]) -> None:
+    """The list of `passes`."""
+    table = _grid("l", "l")
+    for name, line in passes.items():
+        table.add_row(Text(name, style="bold"), Text(line))
+    console.print(table)
+    console.print(f"pipelines: {', '.join(pipelines)}", style="dim")
 
 
 @contextlib.contextmanager

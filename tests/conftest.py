@@ -5,6 +5,9 @@ from collections import Counter
 
 import hypothesis
 import numpy as np
+import onnx
+import onnx.numpy_helper
+import onnx.parser
 import onnx_ir as ir
 import pytest
 
@@ -54,11 +57,9 @@ class ModelKit:
     def text(text, /, opset=21, **weights):
         """A model from ONNX text; `weights` become initializers of these names."""
         header = "" if text.lstrip().startswith("<") else f'<ir_version: 10, opset_import: ["" : {opset}]>\n'
-        tensors = [ir.tensor(np.asarray(array), name=name) for name, array in weights.items()]
-        model = ir.from_onnx_text(header + text, initializers=tensors)
-        for value in model.graph.initializers.values():
-            value.type, value.shape = ir.TensorType(value.const_value.dtype), value.const_value.shape
-        return model
+        proto = onnx.parser.parse_model(header + text)
+        proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), name) for name, a in weights.items())
+        return ir.from_proto(proto)
 
     @staticmethod
     def normal(*shape, seed=0, scale=1.0):

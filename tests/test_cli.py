@@ -217,7 +217,6 @@ def test_optimize_errors(work, arguments, words):
     "arguments, words",
     [
         (("optimize", "m.onnx"), "Missing argument"),
-        (("optimize", "m.onnx", "out.onnx"), "Missing option '--data'"),
         (("optimize", "m.onnx", "out.onnx", *GOOD, "--schema", "int8"), "No such option.*--scheme"),
         (("optimize", "m.onnx", "out.onnx", *GOOD, "--memory", 0), "--memory"),
         (("optimize", "m.onnx", "out.onnx", *GOOD, "--bench-seconds", "soon"), "--bench-seconds"),

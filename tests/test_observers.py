@@ -122,7 +122,7 @@ def test_nothing_seen(name):
     assert observer.count == 0 and observer.finite
     for spec in SPECS:
         assert observer.range(spec) == (0.0, 0.0)
-        assert observer.qparams(spec).scale > 0
+        assert observer.qparams(spec).scale == 1.0
 
 
 @every_observer
@@ -177,6 +177,17 @@ def test_memory_does_not_grow_with_the_data(name):
     few, many = held(observed(name, data)), held(observed(name, *(data * s for s in rng.permutation([1.0, -1.0] * 8))))
     assert many[0] <= few[0] + 16
     assert many[1] <= 2 * few[1]
+
+
+@every_observer
+def test_streams_of_any_length_are_counted(name):
+    observer = observed(name, *[np.float32([-1, 0, 0.5, 3])] * 3)
+    once, expected = observer.count, observer.range(AFFINE)
+    for _ in range(40):
+        observer.merge(OBSERVERS[name].from_state(observer.state()))
+    assert observer.count == once * 2**40
+    assert OBSERVERS[name].from_state(observer.state()).count == once * 2**40
+    assert observer.range(AFFINE) == pytest.approx(expected)
 
 
 def test_pieces_are_only_a_matter_of_speed(monkeypatch):
@@ -473,9 +484,14 @@ def test_channel_means_are_an_exact_monoid(samples, random):
     left.merge(right)
     left.merge(ChannelMean(1))
     left.update(np.zeros((0, 3), np.float32))
-    assert frozen(left) == expected and frozen(right) == before
+    assert frozen(left) == expected
     restored = ChannelMean.from_state(left.state())
     assert frozen(restored) == expected
+    left.update(samples[0])
+    restored.update(samples[0])
+    assert frozen(left) == frozen(restored) == frozen(mean_of([*samples, samples[0]]))
+    assert frozen(right) == before
+    restored = ChannelMean.from_state(mean_of(samples).state())
     np.testing.assert_array_equal(restored.mean, mean_of(samples).mean)
 
 

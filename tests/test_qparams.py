@@ -82,7 +82,7 @@ def test_one_sided_ranges_start_at_the_outermost_code(high, share, fmt):
 @given(SPECS)
 def test_an_all_zero_tensor_is_expressed_exactly(spec):
     params = from_range(0.0, 0.0, spec)
-    assert np.isfinite(params.scale) and params.scale > 0
+    assert params.scale == 1.0  # not tiny: scales are multiplied
     assert fake_quantize(np.zeros(1, np.float32), params) == 0
 
 
@@ -306,7 +306,8 @@ def layers(draw):
         bias = rng.choice([-1.0, 0.0, 1.0], channels) * 10.0 ** draw(st.floats(-37, 8))
         bias = bias.astype(np.float32)
     reach = 10.0 ** draw(EXPONENTS)
-    activation = from_range(-reach * draw(st.sampled_from([0.0, 0.5, 1.0])), reach, QuantSpec(UINT8))
+    low, high = draw(st.sampled_from([(0.0, 1.0), (-0.5, 1.0), (-1.0, 0.0), (-1.0, 0.1)]))
+    activation = from_range(low * reach, high * reach, QuantSpec(draw(st.sampled_from([UINT8, INT8]))))
     return activation, array, bias
 
 
@@ -364,8 +365,9 @@ def test_ordinary_weights_stay_untouched():
             assert limit_accumulator(activation, weight, np.abs(array).sum(1), bias) is weight
 
 
-def test_a_sum_too_long_is_limited_without_a_bias():
-    activation = from_range(0.0, 1.0, QuantSpec(UINT8))
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-1.0, 0.0)])
+def test_a_sum_too_long_is_limited_without_a_bias(ends):
+    activation = from_range(*ends, QuantSpec(UINT8))
     array = np.ones((1, 80_000), np.float32)
     weight = from_range([-1.0], [1.0], QuantSpec(INT8, PerAxis(0), symmetric=True))
     assert bounds_of(activation, weight, array, None)[0] > 2**31

@@ -2,7 +2,8 @@
 
     python tools/rewriting_speed.py [--ort]
 
-Each layer is Conv + BatchNormalization + Relu. Costs must grow linearly; `--ort` times onnxruntime's quantize_static too.
+Each layer is Conv + BatchNormalization + Relu. Costs must grow linearly; `--ort` also
+times onnxruntime's quantize_static.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from qgraph import data, registry
 from qgraph.pipeline import Context
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from models import shapes  # noqa: E402
+from models import shapes
 
 _RUNS_THE_MODEL = ("Calibrate", "MeasureShapes")
 

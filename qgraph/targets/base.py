@@ -18,7 +18,7 @@ from qgraph import errors
 from qgraph.session import SessionOptions
 from qgraph.spec import QuantSpec, Scheme
 
-__all__ = ["KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target"]
+__all__ = ["ABSORBED", "KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target"]
 
 SPEC = "qgraph.spec"
 """Key in `Value.meta`: the QuantSpec that annotation gave the value."""
@@ -26,6 +26,8 @@ QPARAMS = "qgraph.qparams"
 """Key in `Value.meta`: the QParams that calibration gave the value."""
 KERNEL = "qgraph.kernel"
 """Key in `Node.meta`: the Kernel that the node is planned to run in."""
+ABSORBED = "qgraph.absorbed"
+"""Key in `Node.meta` of a Relu or Clip: name of the node whose quantizer does its work."""
 REASON = "qgraph.reason"
 """Key in `Node.meta`: why the node stays in float."""
 
@@ -58,6 +60,7 @@ class Kernel:
         output: what the output is.
         result: spec of the output, or None when it is not quantized.
         shares: whether input and output must have the same parameters (the operator only moves codes about).
+        joins: whether the kernel is faster when all its inputs and its output have the same parameters.
         float_seconds: estimated time as it is.
         integer_seconds: estimated time in this kernel.
     """
@@ -69,6 +72,7 @@ class Kernel:
     output: Output = Output.QUANTIZED
     result: QuantSpec | None = None
     shares: bool = False
+    joins: bool = False
     float_seconds: float = 0.0
     integer_seconds: float = 0.0
 

@@ -211,7 +211,7 @@ def _concat(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         ("QLinearConcat", "Concat"),
         dict.fromkeys(range(len(node.inputs)), spec),
         result=spec,
-        shares=True,
+        joins=True,
         float_seconds=cost.in_float,
         integer_seconds=cost.in_integers,
     )
@@ -220,6 +220,11 @@ def _concat(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 def _resize_condition(node: ir.Node) -> str | None:
     mode = node.attributes.get("mode")
     return None if mode is None or mode.as_string() == "nearest" else "only nearest-neighbour Resize moves codes"
+
+
+def _split_condition(node: ir.Node) -> str | None:
+    unread = any(not value.consumers() and not value.is_graph_output() for value in node.outputs)
+    return "the runtime fuses a Split only when all its outputs are read" if unread else None
 
 
 def _image_pool(node: ir.Node) -> str | None:
@@ -258,6 +263,6 @@ _TABLE: dict[str, _Entry] = {
     "Squeeze": _moves(0.02, 0.01, "Squeeze", "Reshape"),
     "Unsqueeze": _moves(0.02, 0.01, "Unsqueeze", "Reshape"),
     "Slice": _moves(0.20, 0.09, "Slice", "Split"),
-    "Split": _moves(0.25, 0.11),
+    "Split": _moves(0.25, 0.11, condition=_split_condition),
     "DepthToSpace": _moves(2.5, 1.7),
 }

@@ -1,0 +1,162 @@
+"""How faithful: outputs on data, and inner values that point at the culprit."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from qgraph import compare
+from qgraph.compare import Runnable, decibels
+from qgraph.data import inputs_of, load
+from qgraph.errors import DataError, ExecutionError
+from qgraph.session import SessionOptions
+
+OPTIONS = SessionOptions(threads=1)
+
+
+@pytest.fixture
+def pair(model_kit):
+    """Builds (original, other, data) where the other adds a constant to the original's output."""
+
+    def build(shape="2, 4", offset=0.0, scale=1.0, operators="y = Identity (p)", outputs="float[{}] y", count=3):
+        text = f"g (float[{shape}] x) => ({outputs.format(shape)}) {{{{ p = {{}} {operators} }}}}"
+        original = model_kit.text(text.format("Mul (x, one)"), one=np.array(1, np.float32))
+        other = model_kit.text(
+            text.format("Add (q, off)").replace("p =", "q = Mul (x, k)  p ="),
+            k=np.array(scale, np.float32),
+            off=np.array(offset, np.float32),
+        )
+        return original, other, load(model_kit.feeds(original, count), inputs_of(original))
+
+    return build
+
+
+def test_decibels():
+    assert decibels(100.0, 1.0) == 20.0
+    assert decibels(1.0, 0.0) == np.inf
+    assert decibels(0.0, 0.0) == np.inf
+    assert decibels(0.0, 1.0) == -np.inf
+
+
+def test_equal_models(pair):
+    original, _, data = pair()
+    found = compare.compare(Runnable(original), Runnable(original), data, OPTIONS)
+    error = found.outputs["y"]
+    assert (error.sqnr, error.cosine, error.max_error, error.agreement) == (np.inf, 1.0, 0.0, 1.0)
+    assert found.samples == 3 and found.worst is error
+
+
+def test_known_error(pair):
+    original, other, data = pair(offset=0.5)
+    error = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs["y"]
+    signal = sum(float(np.square(batch.feeds["x"], dtype=np.float64).sum()) for batch in data)
+    count = sum(batch.feeds["x"].size for batch in data)
+    assert error.sqnr == pytest.approx(10 * np.log10(signal / (0.25 * count)), abs=1e-4)
+    assert error.max_error == pytest.approx(0.5, abs=1e-6)
+    assert error.agreement == 1.0
+
+
+def test_scaling_has_cosine_one(pair):
+    original, other, data = pair(scale=2.0)
+    error = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs["y"]
+    assert error.cosine == pytest.approx(1.0, abs=1e-6)
+    assert error.sqnr == pytest.approx(0.0, abs=1e-5)
+
+
+def test_opposite_sign_disagrees(pair):
+    original, other, data = pair(scale=-1.0)
+    error = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs["y"]
+    assert error.cosine == pytest.approx(-1.0, abs=1e-6)
+    assert error.agreement < 0.5
+
+
+@pytest.mark.parametrize("shape, classes", [("2, 4", True), ("2, 1", False), ("2, 4, 3", False), ("4", False)])
+def test_agreement_is_for_class_scores_only(pair, shape, classes):
+    original, other, data = pair(shape, offset=0.1)
+    error = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs["y"]
+    assert (error.agreement is not None) == classes
+
+
+def test_scalar_integer_and_boolean_outputs(pair):
+    operators = "y = ReduceSum <keepdims = 0> (p)  i = ArgMax (p)  b = IsNaN (p)"
+    outputs = "float y, int64[1, 4] i, bool[2, 4] b"
+    original, other, data = pair(operators=operators, outputs=outputs, offset=0.25)
+    found = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs
+    assert set(found) == {"y", "i", "b"}
+    assert found["y"].max_error == pytest.approx(2.0, abs=1e-4)
+    assert found["i"].sqnr == np.inf and found["b"].sqnr == np.inf
+
+
+def test_nan_in_the_result_is_not_a_good_result(pair):
+    original, other, data = pair(offset=np.nan)
+    error = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).outputs["y"]
+    assert np.isnan(error.sqnr) and np.isnan(error.max_error) and np.isnan(error.cosine)
+
+
+def test_other_outputs_are_an_error(pair):
+    original, other, data = pair()
+    other.graph.outputs[0].name = "z"
+    with pytest.raises(DataError, match="outputs differ: y against z"):
+        compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+
+
+def test_other_shapes_are_an_error(model_kit, pair):
+    original, _, data = pair()
+    other = model_kit.text("g (float[2, 4] x) => (float[4, 2] y) { y = Transpose (x) }")
+    with pytest.raises(DataError, match=r"'y' has shapes \(2, 4\) and \(4, 2\)"):
+        compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+
+
+def test_other_inputs_are_an_error(model_kit, pair):
+    original, _, data = pair()
+    other = model_kit.text("g (float[2, 4] z) => (float[2, 4] y) { y = Relu (z) }")
+    with pytest.raises(ExecutionError):
+        compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+
+
+def test_no_file_stays_behind(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    original, other, data = pair()
+    compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layer_errors_name_the_culprit(model_kit):
+    n = model_kit.normal
+    model = model_kit.text(
+        """g (float[1, 3, 8, 8] x) => (float[1, 4, 8, 8] y) {
+            a = Conv <pads = [1, 1, 1, 1]> (x, W)
+            r = Relu (a)
+            b = Conv <pads = [1, 1, 1, 1]> (r, V)
+            y = Conv <pads = [1, 1, 1, 1]> (b, V)
+        }""",
+        W=n(4, 3, 3, 3),
+        V=n(4, 4, 3, 3),
+    )
+    feeds = model_kit.feeds(model)
+    after = model_kit.static(model.clone(), feeds)
+    data = load(feeds, inputs_of(model))
+    found = compare.layer_errors(Runnable(model), after, None, data, OPTIONS)
+    assert [layer.value for layer in found] == ["r", "b", "y"]
+    assert [layer.op_type for layer in found] == ["Conv"] * 3
+    assert all(25 < layer.sqnr < 60 for layer in found)
+    # Four codes for b: everything from there on is bad, and what is before is as good as it was.
+    scale = after.graph.initializers["b_scale"]
+    scale.const_value = ir.tensor(scale.const_value.numpy() * np.float32(64), name="b_scale")
+    broken = {layer.value: layer.sqnr for layer in compare.layer_errors(Runnable(model), after, None, data, OPTIONS)}
+    assert broken["r"] == found[0].sqnr
+    assert broken["b"] < 15 and broken["y"] < 15
+
+
+def test_layer_errors_of_a_model_without_quantized_values(model_kit):
+    model = model_kit.text("g (float[2, 4] x) => (float[2, 4] y) { y = Relu (x) }")
+    data = load(model_kit.feeds(model), inputs_of(model))
+    assert compare.layer_errors(Runnable(model), model, None, data, OPTIONS) == []
+
+
+def test_models_in_files(pair, tmp_path):
+    original, other, data = pair(offset=0.5)
+    ir.save(original, tmp_path / "a.onnx")
+    ir.save(other, tmp_path / "b.onnx")
+    found = compare.compare(Runnable(tmp_path / "a.onnx"), Runnable(tmp_path / "b.onnx"), data, OPTIONS)
+    assert found.outputs["y"].max_error == pytest.approx(0.5, abs=1e-6)

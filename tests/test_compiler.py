@@ -21,6 +21,7 @@ from qgraph.errors import (
     SlowerError,
 )
 from qgraph.observers import OBSERVERS
+from qgraph.session import Session, SessionOptions
 
 QUIET = qgraph.Options(bench_seconds=0)
 
@@ -672,3 +673,24 @@ def test_output_that_is_a_link_is_replaced(model_kit, model_free_cpu, mlp, tmp_p
     qgraph.optimize(mlp, tmp_path / "out.onnx", data=model_kit.feeds(mlp), options=QUIET)
     onnx.checker.check_model(onnx.load(tmp_path / "out.onnx"))
     assert [p.name for p in (tmp_path / "far").iterdir()] == ["kept.onnx"]
+
+
+@pytest.mark.xfail(strict=True, reason="the runtime fuses DequantizeLinear -> X -> QuantizeLinear, planned or not")
+@pytest.mark.parametrize("operator", ["Softmax", "Sigmoid", "LeakyRelu"])
+def test_what_is_left_in_float_runs_in_float(model_kit, model_free_cpu, tmp_path, operator):
+    # onnxruntime's QLinearSoftmax turns the largest codes, if they round to 256, into 0: this is not only about speed.
+    n = model_kit.normal
+    model = model_kit.text(
+        f"""g (float[1, 4, 8, 8] x) => (float[1, 4, 8, 8] y) {{
+            c = Conv <pads = [1, 1, 1, 1]> (x, W)
+            s = {operator} (c)
+            y = Conv <pads = [1, 1, 1, 1]> (s, V)
+        }}""",
+        W=n(4, 4, 3, 3),
+        V=n(4, 4, 3, 3, seed=1),
+    )
+    options = dataclasses.replace(QUIET, keep_float=(operator,))
+    result = qgraph.optimize(model, tmp_path / "out.onnx", data=model_kit.feeds(model), options=options)
+    assert operator in {node.op_type for node in result.report.refused}
+    Session(tmp_path / "out.onnx", SessionOptions(optimized=tmp_path / "run.onnx")).close()
+    assert operator in {node.op_type for node in ir.load(tmp_path / "run.onnx").graph}

@@ -159,27 +159,29 @@ def test_clip_goes_where_the_codes_clip(model_kit, quantized):
     assert after.graph.initializers["r_zero_point"].const_value.numpy() == 0
 
 
-@pytest.mark.parametrize("low, high, kept", [(-1.0, 6.0, True), (0.0, 6.0, False)])
-def test_clip_stays_where_the_group_reaches_further(model_kit, quantized, low, high, kept):
-    # Joined with something larger, the codes reach beyond the clip's bounds.
+@pytest.mark.parametrize("top, shared", [(6.0, True), (30.0, False)])
+def test_values_with_other_bounds_are_not_given_one_range(model_kit, quantized, top, shared):
+    # With one range for both, the codes of the first would reach beyond its Clip, which then would have to stay and
+    # keep its convolution in float.
     n = model_kit.normal
     model = model_kit.text(
         f"""g (float[1, 3, 8, 8] x) => (float[1, 8, 8, 8] y) {{
             c = {CONV} (x, W)
-            r = Clip (c, low, high)
+            r = Clip (c, zero, six)
             d = {CONV} (x, V)
             s = Clip (d, zero, top)
             y = Concat <axis = 1> (r, s)
         }}""",
         W=n(4, 3, 3, 3, scale=3),
-        V=n(4, 3, 3, 3, scale=3),
-        low=np.array(low, np.float32),
-        high=np.array(high, np.float32),
+        V=n(4, 3, 3, 3, scale=3, seed=1),
         zero=np.array(0, np.float32),
-        top=np.array(6 if not kept else 30, np.float32),
+        six=np.array(6, np.float32),
+        top=np.array(top, np.float32),
     )
-    after = quantized(model, clean=not kept, observer="minmax")
-    assert model_kit.ops(after).count("Clip") == (2 if kept and low < 0 else 0)
+    after = quantized(model, observer="minmax")
+    assert "Clip" not in model_kit.ops(after)
+    found = model_kit.tensors(after)
+    assert (found["r_scale"] == found["s_scale"]) == shared
 
 
 def test_relu_read_twice(model_kit, quantized):

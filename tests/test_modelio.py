@@ -130,10 +130,10 @@ def test_external_data(beside, location, offset, length, first):
     assert size_on_disk(beside / "m.onnx") == (beside / "m.onnx").stat().st_size + 4096
 
 
-@pytest.mark.parametrize("location", ["../w.data", "sub/../../w.data", "absolute", "link"])
+@pytest.mark.parametrize("location", ["../w.data", "sub/../../w.data", "absolute", "absolute inside", "link"])
 def test_external_data_outside_the_folder(beside, location):
-    if location == "absolute":
-        location = str(beside.parent / "w.data")
+    if location.startswith("absolute"):
+        location = str((beside if location.endswith("inside") else beside.parent) / "w.data")
     if location == "link":
         (beside / "link").symlink_to(beside.parent / "w.data")
     onnx.save(proto(weight=external(location)), beside / "m.onnx")
@@ -323,6 +323,8 @@ def test_weights_that_lie_in_one_folder_stay_there(tiny_chain, tmp_path, monkeyp
     monkeypatch.setattr(modelio, "_SPILL_BYTES", 1)
     ir.save(tiny_chain(width=512), tmp_path / "m.onnx", external_data="m.data", size_threshold_bytes=10)
     model = read(tmp_path / "m.onnx")
+    # Some more in memory is no reason to copy the rest.
+    model.graph.initializers["c"].const_value = ir.tensor(weights(model)["c"].copy(), name="c")
     with Workspace() as workspace:
         assert workspace.spill(model) == tmp_path
         assert list(workspace.folder.iterdir()) == []
@@ -414,12 +416,15 @@ def test_nothing_refers_to_the_workspace(tiny_chain, destination, monkeypatch, a
     np.testing.assert_array_equal(run(destination), run(tiny_chain(width=512)))
 
 
+@pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("as_external", [False, True])
-def test_staging_does_not_change_the_model(tiny_chain, destination, as_external):
+def test_staging_does_not_change_the_model(tiny_chain, destination, monkeypatch, as_external, spilled):
+    monkeypatch.setattr(modelio, "_SPILL_BYTES", 1000 if spilled else 1 << 20)
     model = tiny_chain(width=512)
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
-    before = ir.to_proto(model).SerializeToString()
     with Workspace(destination) as workspace:
+        workspace.spill(model)
+        tensors = {name: value.const_value for name, value in model.graph.initializers.items()}
+        before = ir.to_proto(model).SerializeToString()
         stage(model, destination, workspace, as_external)
         assert ir.to_proto(model).SerializeToString() == before
         assert all(model.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
@@ -476,6 +481,20 @@ def test_a_result_replaces_the_old_one_with_no_trace(tiny_chain, destination, ex
         stage(tiny_chain(width=512), destination, workspace, external=True).commit()
     assert set(files(destination.parent)) == {"out.onnx", "out.onnx.data"}
     np.testing.assert_array_equal(run(destination), run(tiny_chain(width=512)))
+
+
+def test_the_data_is_in_place_before_the_model(tiny_chain, destination, monkeypatch):
+    replace, seen = Path.replace, []
+
+    def watching(self, target):
+        seen.append(Path(target).name)
+        return replace(self, target)
+
+    with Workspace(destination) as workspace:
+        staged = stage(tiny_chain(width=512), destination, workspace, external=True)
+        monkeypatch.setattr(Path, "replace", watching)
+        staged.commit()
+    assert seen == ["out.onnx.data", "out.onnx"]
 
 
 @pytest.mark.parametrize("existing", [(), ("out.onnx",), ("out.onnx", "out.onnx.data")])

@@ -41,7 +41,7 @@ def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names
     else:
         return False
     x, weight = matmul.inputs
-    if x is None or x.shape is None or not graph.has_constant(weight) or weight is None:
+    if x is None or x.shape is None or not graph.is_float(x) or not graph.has_constant(weight) or weight is None:
         return False
     shape, bias_shape = graph.run_shape(weight), graph.run_shape(bias)
     if shape is None or len(shape) != 2 or bias_shape is None or bias_shape[-1:] != (shape[1],):
@@ -52,6 +52,7 @@ def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names
     if rank == 2 and len(bias_shape) == 1:
         gemm = ir.Node("", "Gemm", [x, weight, bias], name=matmul.name, metadata_props=dict(matmul.metadata_props))
         graph.replace_node(main, add, gemm)
+        graph.merge_origins(gemm, matmul)
         main.remove(matmul, safe=True)
         return True
     if rank >= 3 and len(bias_shape) == 1:

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 from qgraph.passes.annotate import GROUP
-from qgraph.passes.insert_observers import annotated
 
 from qgraph import calibration
 from qgraph.calibration import OBSERVER
 from qgraph.data import Dataset
 from qgraph.errors import QuantizationError
 from qgraph.observers import Observer
-from qgraph.targets import QPARAMS, SPEC
+from qgraph.targets import QPARAMS, SPEC, annotated
 
 __all__ = ["Calibrate"]
 
@@ -27,6 +26,7 @@ class Calibrate(ir.passes.InPlacePass):
         folder: where the model's external tensors lie.
         budget: bytes that one run's observed values may take.
         ranges: file of saved statistics and the model's key, used instead of running the data.
+        save: file to write the statistics to, and the model's key.
         progress: called with ("calibrating", runs done, runs in all).
     """
 
@@ -36,6 +36,7 @@ class Calibrate(ir.passes.InPlacePass):
         folder: Path | None = None,
         budget: int = calibration.DEFAULT_BUDGET,
         ranges: tuple[Path, str] | None = None,
+        save: tuple[Path, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ):
         super().__init__()
@@ -43,6 +44,7 @@ class Calibrate(ir.passes.InPlacePass):
         self.folder = folder
         self.budget = budget
         self.ranges = ranges
+        self.save = save
         self.progress = progress
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -52,17 +54,19 @@ class Calibrate(ir.passes.InPlacePass):
             calibration.restore(model, *self.ranges)
         else:
             calibration.observe(model, self.data, self.folder, self.budget, self._report)
+        if self.save is not None:
+            calibration.save(model, *self.save)
         groups: dict[str, Observer] = {}
         for value in values:
-            observer: Observer | None = value.meta.get(OBSERVER)
+            # Taken away: a statistic is of no use once it is solved, and half a megabyte large.
+            observer: Observer | None = value.meta.pop(OBSERVER, None)
             if observer is None:
                 continue
             key = str(value.meta.get(GROUP, value.name))
             if key in groups:
                 groups[key].merge(observer)
             else:
-                # A copy, so that the value's own statistic stays its own.
-                groups[key] = type(observer).from_state(observer.state())
+                groups[key] = observer
         params: dict[tuple[str, object], object] = {}
         for value in values:
             key, spec = str(value.meta.get(GROUP, value.name)), value.meta[SPEC]

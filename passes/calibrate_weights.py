@@ -45,9 +45,14 @@ def _solve(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray
     axis = spec.granularity.axis % array.ndim if isinstance(spec.granularity, PerAxis) else None
     others = tuple(i for i in range(array.ndim) if i != axis)
     low, high = np.min(array, axis=others, initial=0.0), np.max(array, axis=others, initial=0.0)
-    # A bound on sum|w| suffices, and saves a pass over the weight: elements x the largest of them.
-    sums = np.maximum(-low, high).astype(np.float64) * (array.size // max(1, low.size))
     flat = None if bias is None else np.asarray(bias, np.float64).reshape(-1)
+    params = from_range(low, high, spec)
+    # Elements x the largest of them bounds sum|w|, and mostly suffices; only where it does not, the sum is taken.
+    bound = np.maximum(-low, high).astype(np.float64) * (array.size // max(1, low.size))
+    solved = limit_accumulator(activation, params, bound, flat)
+    if solved is not params:
+        sums = np.abs(array).sum(axis=others if axis is not None else None, dtype=np.float64)
+        solved = limit_accumulator(activation, params, np.asarray(sums), flat)
     del array
     graph.release(weight)
-    return limit_accumulator(activation, from_range(low, high, spec), sums, flat)
+    return solved

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
 
-from qgraph.errors import ModelError
+from qgraph.errors import ModelError, first_line
 from qgraph.graph import all_graphs, fresh_name, is_standard
 
 __all__ = ["Canonicalize"]
@@ -44,7 +44,9 @@ class Canonicalize(ir.passes.InPlacePass):
         if "" not in model.graph.opset_imports and "ai.onnx" not in model.graph.opset_imports:
             raise ModelError("The model imports no opset of the default ONNX domain: nothing in it can be quantized.")
         common.InlinePass()(model)
-        if all(value.is_graph_input() for value in model.graph.initializers.values()):
+        constants = model.graph.initializers.values()
+        weights = any(value.shape is not None and len(value.shape) > 1 for value in constants)
+        if weights and all(value.is_graph_input() for value in constants):
             # The habit of old exporters (an obligation before IR 4), which makes none of them a real input. Where
             # only some are listed, these are defaults that a caller may override, and stay.
             common.RemoveInitializersFromInputsPass()(model)
@@ -116,7 +118,7 @@ def _convert(model: ir.Model, opset: int) -> None:
     except Exception as error:
         if current < _QUANTIZE_SINCE:
             raise ModelError(
-                f"The model has opset {current} and cannot be converted to {opset}: {str(error).splitlines()[0][:300]}"
+                f"The model has opset {current} and cannot be converted to {opset}: {first_line(error)}"
             ) from error
     finally:
         logger.setLevel(level)

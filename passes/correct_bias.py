@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.calibrate_weights import WEIGHT
-from qgraph.passes.insert_observers import channel_axis
 
 from qgraph import graph
 from qgraph.calibration import MEANS
@@ -37,7 +36,7 @@ class CorrectBias(ir.passes.InPlacePass):
             kernel: Kernel | None = node.meta.get(KERNEL)
             if params is None or kernel is None or kernel.weight is None or node.inputs[0] is None:
                 continue
-            statistic = node.inputs[0].meta.get(MEANS, {}).get(channel_axis(node))
+            statistic = node.inputs[0].meta.get(MEANS, {}).get(graph.channel_axis(node))
             mean = statistic.mean if statistic is not None else None
             weight = node.inputs[kernel.weight[0]]
             reader, position = _bias_of(node, kernel)

@@ -10,6 +10,8 @@ from onnx_ir.passes import common
 from onnxscript import rewriter
 from onnxscript.rewriter.rules import common as rules
 
+from qgraph import graph
+
 __all__ = ["FuseLayers"]
 
 _RULES = {
@@ -45,17 +47,17 @@ class FuseLayers(ir.passes.InPlacePass):
         chosen = [rule for op_type, group in _RULES.items() if op_type in present for rule in group]
         if not chosen:
             return ir.passes.PassResult(model, False)
-        if not chosen:
-            return ir.passes.PassResult(model, False)
         before = len(model.graph)
-        layers = {_weight_name(node): node for node in model.graph if node.op_type in _LAYERS}
+        layers = {name: node for node in model.graph if (name := _weight_name(node)) is not None}
+        neighbours = {name: _neighbours(node) for name, node in layers.items()}
         rewriter.RewritePass(rewriter.RewriteRuleSet(chosen))(model)
         for node in model.graph:
             # A fused layer is still the layer that it was: its name is how users know it.
-            old = layers.get(_weight_name(node)) if node.op_type in _LAYERS else None
-            if old is not None and old is not node:
-                node.name = old.name
-                node.metadata_props.update(old.metadata_props)
+            name = _weight_name(node)
+            if name is not None and name in layers and layers[name] is not node:
+                node.name = layers[name].name
+                node.metadata_props.update(layers[name].metadata_props)
+                graph.merge_origins(node, *(n for n in neighbours[name] if n.graph is None))
         # The rules leave the old weights behind.
         common.RemoveUnusedNodesPass()(model)
         common.NameFixPass()(model)
@@ -67,6 +69,14 @@ def _typed(node: ir.Node) -> bool:
 
 
 def _weight_name(node: ir.Node) -> str | None:
-    """The rules keep the name of the weight, which only one layer has if they apply."""
-    weight = node.inputs[1] if len(node.inputs) > 1 else None
-    return weight.name if weight is not None else None
+    """Name of a layer's weight, which the rules keep; None for other nodes and for weights that layers share."""
+    if node.op_type not in _LAYERS or len(node.inputs) < 2:
+        return None
+    weight = node.inputs[1]
+    return weight.name if weight is not None and len(weight.consumers()) == 1 else None
+
+
+def _neighbours(node: ir.Node) -> list[ir.Node]:
+    """The Pad before and the BatchNormalization after a layer, which may be merged into it."""
+    around = [node.inputs[0].producer() if node.inputs[0] is not None else None, *node.outputs[0].consumers()]
+    return [n for n in around if n is not None and n.op_type in ("Pad", "BatchNormalization")]

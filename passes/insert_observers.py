@@ -8,12 +8,12 @@ from __future__ import annotations
 import onnx_ir as ir
 from qgraph.passes.annotate import FOLLOWS
 
-from qgraph import observers
+from qgraph import graph, observers
 from qgraph.calibration import MEANS, OBSERVER
 from qgraph.observers.channel_mean import ChannelMean
-from qgraph.targets import KERNEL, SPEC, Kernel
+from qgraph.targets import KERNEL, SPEC, Kernel, annotated
 
-__all__ = ["InsertObservers", "annotated", "channel_axis"]
+__all__ = ["InsertObservers"]
 
 
 class InsertObservers(ir.passes.InPlacePass):
@@ -36,17 +36,6 @@ class InsertObservers(ir.passes.InPlacePass):
             planned: Kernel | None = node.meta.get(KERNEL)
             source = node.inputs[0] if planned is not None and planned.weight is not None else None
             if source is not None:
-                axis = channel_axis(node)
+                axis = graph.channel_axis(node)
                 source.meta.setdefault(MEANS, {}).setdefault(axis, ChannelMean(axis))
         return ir.passes.PassResult(model, False)
-
-
-def channel_axis(node: ir.Node) -> int:
-    """Axis of the channels in a layer's input: 1 for convolutions, the last one for products."""
-    return 1 if node.op_type == "Conv" else -1
-
-
-def annotated(graph: ir.Graph) -> list[ir.Value]:
-    """The activations that have a spec, in topological order."""
-    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-    return [value for value in values if SPEC in value.meta]

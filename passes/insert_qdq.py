@@ -13,18 +13,26 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from qgraph.passes.annotate import clip_bounds
 from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 
 from qgraph import graph
 from qgraph.qparams import QParams, bias_scale, quantize
-from qgraph.targets import KERNEL, QPARAMS, Kernel, Output
+from qgraph.targets import KERNEL, QPARAMS, REASON, Kernel, Output, Target
 
 __all__ = ["InsertQDQ"]
 
 
 class InsertQDQ(ir.passes.InPlacePass):
-    """Writes the quantization that annotation planned and calibration measured into the graph."""
+    """Writes the quantization that annotation planned and calibration measured into the graph.
+
+    Args:
+        target: names the operators that the runtime would pull into integers although they are planned in float; a
+            Sum of one value is put behind them, which the runtime leaves alone.
+    """
+
+    def __init__(self, target: Target | None = None):
+        super().__init__()
+        self.greedy: frozenset[str] = frozenset() if target is None else target.greedy_fusions
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
@@ -35,6 +43,9 @@ class InsertQDQ(ir.passes.InPlacePass):
                 writer.activation(value)
         for node in nodes:
             writer.parameters(node)
+        for node in list(model.graph):
+            if KERNEL not in node.meta and graph.is_standard(node, *self.greedy):
+                writer.shield(node)
         return ir.passes.PassResult(model, bool(nodes))
 
 
@@ -124,7 +135,7 @@ class _Writer:
         before = maker.inputs[0]
         if before is None or len(before.consumers()) != 1 or before.is_graph_output():
             return value
-        low, high = clip_bounds(maker)
+        low, high = graph.clip_bounds(maker)
         bottom, top = params.range
         step = float(np.max(params.scale))
         # Rounding the zero point may move the ends by half a step, as much as any value is rounded.
@@ -148,6 +159,32 @@ class _Writer:
         for index, output in enumerate(self.main.outputs):
             if output is value:
                 self.main.outputs[index] = replacement
+
+    def shield(self, node: ir.Node) -> None:
+        """Keep a float node between integers from being fused into a kernel that nobody chose."""
+        read = [value.producer() for value in node.inputs if value is not None and not value.is_initializer()]
+        if not read or any(maker is None or maker.op_type != "DequantizeLinear" for maker in read):
+            return
+        value = node.outputs[0]
+        # A product of two activations is fused by its inputs alone; all else needs a QuantizeLinear behind it.
+        if node.op_type == "MatMul":
+            source = node.inputs[0]
+            if source is not None:
+                node.replace_input_with(0, self._sum(source, node))
+        elif any(user.op_type == "QuantizeLinear" for user in value.consumers()):
+            users = [use for use in value.uses() if use.node.op_type == "QuantizeLinear"]
+            summed = self._sum(value, users[0].node)
+            for user, position in users:
+                user.replace_input_with(position, summed)
+
+    def _sum(self, value: ir.Value, before: ir.Node) -> ir.Value:
+        base = str(value.name)
+        made = ir.Node("", "Sum", [value], name=graph.fresh_name(f"{base}_Sum", self.names))
+        made.outputs[0].name = graph.fresh_name(f"{base}_float", self.names)
+        made.outputs[0].type, made.outputs[0].shape = value.type, value.shape
+        made.meta[REASON] = "keeps the runtime from fusing its input into an integer kernel that was not chosen"
+        self.main.insert_before(before, made)
+        return made.outputs[0]
 
     # -- weights and biases ---------------------------------------------------------------------------------------
 

@@ -35,10 +35,17 @@ def static(context: Context) -> Pipeline:
     return Pipeline(
         *_prepare(context),
         InsertObservers(context.observer),
-        Calibrate(context.data, context.folder, context.budget, context.ranges, context.progress),
+        Calibrate(
+            context.data,
+            context.folder,
+            context.budget,
+            context.ranges,
+            context.save_ranges,
+            context.progress,
+        ),
         CalibrateWeights(),
         CorrectBias(),
-        InsertQDQ(),
+        InsertQDQ(context.target),
         FoldWeights(),
         progress=context.progress,
     )
@@ -54,5 +61,5 @@ def _prepare(context: Context) -> list[ir.passes.PassBase]:
         BiasForm(),
         ResidualNorm(context.target),
         *measure,
-        Annotate(context.target, context.scheme, context.keep_float, context.measured),
+        Annotate(context.target, context.scheme, context.keep_float, context.refused, context.measured),
     ]

@@ -1,6 +1,6 @@
 """GELU, SiLU and layer normalization spelled in primitives -> the one operator that they are.
 
-x * 0.5 * (1 + erf(x / sqrt 2)) -> Gelu(x)                       (Hendrycks and Gimpel 2016)
+x * 0.5 * (1 + erf(x / sqrt 2)) -> Gelu(x), the runtime's own before opset 20 (Hendrycks and Gimpel 2016)
 x * sigmoid(x) -> QuickGelu(x, alpha=1)                          (Elfwing et al. 2018)
 (x - mean) / sqrt(var + eps) * scale + bias -> LayerNormalization (Ba, Kiros and Hinton 2016)
 
@@ -27,12 +27,23 @@ def _is(value: ir.Value, number: float) -> bool:
     return found is not None and math.isclose(found, number, rel_tol=1e-4)
 
 
+def _axes(node: ir.Node | None) -> list[int] | None:
+    """Constant axes of a reduction, in whichever form it has them."""
+    if node is None:
+        return None
+    if len(node.inputs) > 1:
+        array = graph.constant(node.inputs[1])
+        return None if array is None else [int(axis) for axis in array.reshape(-1)]
+    return graph.attribute_ints(node, "axes", [])
+
+
 class _Gelu(RewriteRuleClassBase):
     """One of the orders in which exporters multiply x, 1 + erf and one half."""
 
-    def __init__(self, order: int):
+    def __init__(self, order: int, standard: bool):
         super().__init__(name=f"Gelu{order}")
         self._order = order
+        self._standard = standard
 
     def pattern(self, op: Any, x: Any, root: Any, one: Any, half: Any) -> Any:
         cdf = op.Add(op.Erf(OrValue([op.Div(x, root), op.Mul(x, root)])), one)
@@ -52,7 +63,7 @@ class _Gelu(RewriteRuleClassBase):
         return result if x.dtype == ir.DataType.FLOAT else result.fail("not float32", x)
 
     def rewrite(self, op: Any, x: ir.Value, **_: Any) -> Any:
-        return op.Gelu(x)
+        return op.Gelu(x) if self._standard else op.Gelu(x, _domain="com.microsoft")
 
 
 class _Silu(RewriteRuleClassBase):
@@ -68,30 +79,40 @@ class _Silu(RewriteRuleClassBase):
 
 
 class _LayerNorm(RewriteRuleClassBase):
+    """The axes are an attribute of ReduceMean before opset 18 and an input since."""
+
+    def __init__(self, axes_as_input: bool):
+        super().__init__(name=f"LayerNorm{18 if axes_as_input else 17}")
+        self._axes_as_input = axes_as_input
+
+    def _mean(self, op: Any, x: Any, axes: Any, name: str) -> Any:
+        inputs = [x, axes] if self._axes_as_input else [x]
+        return op.ReduceMean(*inputs, keepdims=1, _allow_other_attributes=True, _outputs=[name])
+
     def pattern(self, op: Any, x: Any, axes: Any, axes2: Any, eps: Any, scale: Any, bias: Any, two: Any) -> Any:
-        deviation = op.Sub(x, op.ReduceMean(x, axes, keepdims=1))
+        deviation = op.Sub(x, self._mean(op, x, axes, "mean"))
         square = OrValue([op.Mul(deviation, deviation), op.Pow(deviation, two)])
-        root = op.Sqrt(op.Add(op.ReduceMean(square, axes2, keepdims=1), eps))
+        root = op.Sqrt(op.Add(self._mean(op, square, axes2, "variance"), eps))
         normal = OrValue([op.Div(deviation, root), op.Mul(deviation, op.Reciprocal(root))])
         return op.Add(op.Mul(normal, scale), bias)
 
-    def check(
+    def check(  # type: ignore[override]
         self,
         context: Any,
         x: ir.Value,
-        axes: ir.Value,
-        axes2: ir.Value,
+        mean: ir.Value,
+        variance: ir.Value,
         eps: ir.Value,
         scale: ir.Value,
         bias: ir.Value,
         two: ir.Value | None = None,
+        **_: Any,
     ) -> MatchResult:
         result = MatchResult()
         if x.dtype != ir.DataType.FLOAT or x.shape is None:
             return result.fail("not float32 of known rank", x)
-        for value in (axes, axes2):
-            axis = graph.constant_scalar(value)
-            if axis is None or axis not in (-1, len(x.shape) - 1):
+        for value in (mean, variance):
+            if _axes(value.producer()) not in ([-1], [len(x.shape) - 1]):
                 return result.fail("not over the last axis", value)
         if graph.constant_scalar(eps) is None or (two is not None and not _is(two, 2.0)):
             return result.fail("other constants", eps)
@@ -121,9 +142,9 @@ class Recognize(ir.passes.InPlacePass):
         if "Sigmoid" in present:
             rules.append(_Silu.rule())  # type: ignore[no-untyped-call]
         if opset >= 17 and "ReduceMean" in present:
-            rules.append(_LayerNorm.rule())  # type: ignore[no-untyped-call]
-        if opset >= 20 and "Erf" in present:
-            rules.extend(_Gelu.rule(order) for order in range(3))  # type: ignore[no-untyped-call]
+            rules.append(_LayerNorm.rule(opset >= 18))  # type: ignore[no-untyped-call]
+        if "Erf" in present:
+            rules.extend(_Gelu.rule(order, opset >= 20) for order in range(3))  # type: ignore[no-untyped-call]
         if not rules:
             return ir.passes.PassResult(model, False)
         before = len(model.graph)

@@ -8,6 +8,7 @@ The face holds no logic; see `qgraph.compiler.optimize` for the main job and `qg
 
 from qgraph.compiler import Options, Result, optimize
 from qgraph.errors import (
+    AccuracyError,
     AuditError,
     DataError,
     ExecutionError,
@@ -24,6 +25,7 @@ from qgraph.report import Report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuracyError",
     "AuditError",
     "DataError",
     "ExecutionError",

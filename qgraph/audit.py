@@ -19,15 +19,27 @@ from qgraph.targets import KERNEL, Kernel, Target
 
 __all__ = ["Audit", "Plan", "audit", "original_name", "plan_of"]
 
+_INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "QAttention")
 _MARKS = re.compile(r"(_token_\d+|_nchwc|_nhwc|/duplicated|/[A-Z]\w*Fusion)+$")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What must be found: operators by node name, and which nodes merely move codes (and may be optimized away)."""
+    """What must be found.
+
+    Attributes:
+        operators: acceptable operators by name of planned node.
+        movers: those that merely move codes, and may be optimized away.
+        plain: those whose integer form has the name of the float operator, so that its inputs must tell.
+        floats: names of the nodes that must stay in float.
+        given: constants that were behind a DequantizeLinear already, for nobody's planned kernel.
+    """
 
     operators: Mapping[str, tuple[str, ...]]
-    movers: frozenset[str]
+    movers: frozenset[str] = frozenset()
+    plain: frozenset[str] = frozenset()
+    floats: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +48,13 @@ class Audit:
 
     Attributes:
         kernels: planned node -> operator it runs as; a mover that was optimized away maps to "(no work)".
-        problems: planned node -> what is wrong.
-        unfused: constants that are dequantized at every run, with their readers.
+        problems: node -> what is wrong.
+        unfused: constants that are dequantized at every run, with the nodes that read them.
     """
 
     kernels: dict[str, str]
     problems: dict[str, str]
-    unfused: dict[str, str]
+    unfused: dict[str, list[str]]
 
     @property
     def clean(self) -> bool:
@@ -59,13 +71,23 @@ def plan_of(model: ir.Model) -> Plan:
     """The plan that annotation left on the nodes."""
     operators: dict[str, tuple[str, ...]] = {}
     movers: set[str] = set()
+    plain: set[str] = set()
+    floats: set[str] = set()
+    given: set[str] = set()
     for node in model.graph:
         kernel: Kernel | None = node.meta.get(KERNEL)
         if kernel is not None and node.name:
             operators[node.name] = kernel.operators
             if kernel.shares:
                 movers.add(node.name)
-    return Plan(operators, frozenset(movers))
+            if node.op_type in kernel.operators:
+                plain.add(node.name)
+        elif node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            if not any(KERNEL in reader.meta for reader in node.outputs[0].consumers()):
+                given.add(str(node.inputs[0].name))
+        elif node.name:
+            floats.add(node.name)
+    return Plan(operators, frozenset(movers), frozenset(plain), frozenset(floats), frozenset(given))
 
 
 def audit(path: Path, plan: Plan, target: Target) -> Audit:
@@ -85,7 +107,7 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
     for node in model.graph.all_nodes():
         name = node.name or ""
         for candidate in (name, original_name(name)):
-            if candidate in plan.operators:
+            if candidate in plan.operators or candidate in plan.floats:
                 found.setdefault(candidate, node)
     kernels: dict[str, str] = {}
     problems: dict[str, str] = {}
@@ -96,19 +118,24 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
                 kernels[name] = "(no work)"
             else:
                 problems[name] = f"the runtime's graph has no node of this name; expected {' or '.join(operators)}"
-        elif name in plan.movers:
-            maker = kept.inputs[0].producer() if kept.inputs and kept.inputs[0] is not None else None
-            if maker is not None and maker.op_type == "DequantizeLinear":
-                problems[name] = f"runs as {kept.op_type} on dequantized values"
-            else:
-                kernels[name] = kept.op_type
-        elif kept.op_type in operators:
+        elif name in plan.plain and _dequantized(kept):
+            problems[name] = f"runs as {kept.op_type} on dequantized values"
+        elif name in plan.movers or kept.op_type in operators:
             kernels[name] = kept.op_type
         else:
             problems[name] = f"runs as {kept.op_type}, expected {' or '.join(operators)}"
-    unfused: dict[str, str] = {}
+    for name in plan.floats:
+        if name in found and found[name].op_type.startswith(_INTEGER_KERNELS):
+            problems[name] = f"was to stay in float, but runs as {found[name].op_type}"
+    unfused: dict[str, list[str]] = {}
     for node in model.graph:
-        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
-            readers = ", ".join(str(reader.name) for reader in node.outputs[0].consumers())
-            unfused[str(node.inputs[0].name)] = readers
+        source = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if source is not None and source.is_initializer() and source.name not in plan.given:
+            readers = [original_name(str(reader.name)) for reader in node.outputs[0].consumers()]
+            unfused.setdefault(str(source.name), []).extend(readers)
     return Audit(kernels, problems, unfused)
+
+
+def _dequantized(node: ir.Node) -> bool:
+    makers = [value.producer() for value in node.inputs if value is not None]
+    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)

@@ -119,7 +119,7 @@ def footprint(path: Path, feeds: Feeds, options: SessionOptions) -> Footprint:
     """
     with tempfile.TemporaryDirectory(prefix="qgraph-footprint-") as folder:
         arrays = Path(folder) / "feeds.npz"
-        np.savez(arrays, allow_pickle=False, **{k: np.asarray(v) for k, v in feeds.items()})
+        np.savez(arrays, **{f"_{name}": np.asarray(array) for name, array in feeds.items()})  # type: ignore[arg-type, unused-ignore]
         command = [sys.executable, "-m", "qgraph.footprint", str(path), str(arrays), json.dumps(options.providers)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

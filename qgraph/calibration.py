@@ -19,7 +19,7 @@ from onnx_ir.passes import common
 from qgraph import graph, observers
 from qgraph.data import Batch, Dataset
 from qgraph.datafiles import UNREADABLE
-from qgraph.errors import DataError, ModelError
+from qgraph.errors import DataError, ModelError, first_line
 from qgraph.observers import Observer
 from qgraph.observers.channel_mean import ChannelMean
 from qgraph.session import Session, SessionOptions
@@ -57,9 +57,11 @@ def observe(
     """
     values = [v for v in _observed(model) if v.producer() is not None]
     inputs = [v for v in _observed(model) if v.producer() is None]
-    parts = list(_parts(values, budget)) or [[]]
+    # Shapes were measured on one batch; the largest may be many times as large.
+    growth = max(1.0, data.largest / max(1, data.first().nbytes))
+    parts = list(_parts(values, int(budget / growth))) or [[]]
     single = any(OBSERVER in v.meta and v.meta[OBSERVER].per_sample for v in (*inputs, *values))
-    total, done = len(parts) * len(data), 0
+    total, done = len(parts) * data.count(), 0
     for number, part in enumerate(parts):
         session = _session(model, part, folder) if part else None
         try:
@@ -139,14 +141,14 @@ def save(model: ir.Model, path: Path, key: str) -> None:
     values = _observed(model)
     names: list[str] = []
     kinds: list[str] = []
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, Any] = {}
     for value in values:
         for kind, statistic in _statistics(value):
             for part, array in statistic.state().items():
                 arrays[f"{len(names)}.{part}"] = array
             names.append(str(value.name))
             kinds.append(kind)
-    header = {
+    header: dict[str, Any] = {
         "qgraph": np.array([_VERSION]),
         "model": np.array(key),
         "names": np.array(names),
@@ -155,7 +157,7 @@ def save(model: ir.Model, path: Path, key: str) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **header, **arrays)
+            np.savez_compressed(file, **header, **arrays)
         temporary.replace(path)
     except OSError as error:
         raise ModelError(f"Cannot write the ranges to {str(path)!r}: {error.strerror}.") from error
@@ -172,7 +174,7 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored.items())
     except (*UNREADABLE, AttributeError, TypeError) as error:  # the last two: a .npy file
-        raise DataError(f"Cannot read ranges from {str(path)!r}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"Cannot read ranges from {str(path)!r}: {first_line(error)}") from error
     if not {"qgraph", "model", "names", "kinds"} <= arrays.keys():
         raise DataError(f"{str(path)!r} holds no ranges written by qgraph.")
     if arrays["qgraph"].tolist() != [_VERSION]:

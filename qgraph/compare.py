@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,13 @@ class _Error:
         # NaN stays NaN, where `max` would lose it.
         self.largest = float(np.maximum(self.largest, np.abs(difference).max(initial=0.0)))
         rows = x.shape[0] if x.ndim else 1
-        x, y = x.reshape(rows, -1), y.reshape(rows, -1)
+        width = math.prod(x.shape[1:])
+        x, y = x.reshape(rows, width), y.reshape(rows, width)
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         same = np.all(x == y, axis=1)
         self.cosines += float(np.where(same, 1.0, (x * y).sum(axis=1) / np.where(norms > 0, norms, 1.0)).sum())
         self.samples += rows
-        if a.ndim == 2 and a.shape[1] > 1:
+        if a.ndim == 2 and a.shape[1] > 1 and self.classes:
             self.same += int((x.argmax(axis=1) == y.argmax(axis=1)).sum())
         else:
             self.classes = False
@@ -84,10 +86,12 @@ def compare(
     The original's outputs wait on disk, not in memory, so the size of the data does not matter.
 
     Raises:
-        DataError: the outputs differ in name or shape.
+        DataError: the outputs differ in name, or none of them keeps its shape (one whose shape depends on its values,
+            as that of NonZero, may not; it is listed in `skipped`).
         ExecutionError: a model cannot be loaded or run.
     """
     errors: dict[str, _Error] = {}
+    skipped: dict[str, str] = {}
     count = 0
     names: list[str] = []
     with tempfile.TemporaryDirectory(prefix="qgraph-compare-") as name:
@@ -95,9 +99,8 @@ def compare(
         with original.session(options) as session:
             for count, batch in enumerate(data, 1):
                 outputs = {k: v for k, v in session.run(batch.feeds).items() if _is_numeric(v)}
-                np.savez(
-                    folder / f"{count}.npz", allow_pickle=False, **{f"o{i}": v for i, v in enumerate(outputs.values())}
-                )
+                arrays: dict[str, Any] = {f"o{i}": array for i, array in enumerate(outputs.values())}
+                np.savez(folder / f"{count}.npz", **arrays)
                 names = list(outputs)
         with other.session(options) as session:
             if not set(names) <= set(session.outputs):
@@ -108,9 +111,16 @@ def compare(
                     for i, key in enumerate(names):
                         expected = stored[f"o{i}"]
                         if expected.shape != results[key].shape:
-                            raise DataError(f"Output {key!r} has shapes {expected.shape} and {results[key].shape}.")
-                        errors.setdefault(key, _Error()).add(expected, results[key])
-    return Fidelity(count, held_back, {key: error.result() for key, error in errors.items()})
+                            what = (
+                                f"shape {list(results[key].shape)} instead of {list(expected.shape)} on {batch.name!r}"
+                            )
+                            skipped.setdefault(key, what)
+                        else:
+                            errors.setdefault(key, _Error()).add(expected, results[key])
+    if not errors or errors.keys() <= skipped.keys():
+        raise DataError("No output can be compared: " + "; ".join(f"{k!r} has {what}" for k, what in skipped.items()))
+    found = {key: error.result() for key, error in errors.items() if key not in skipped}
+    return Fidelity(count, held_back, found, skipped=skipped)
 
 
 def _is_numeric(value: Any) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from qgraph import modelio
 from qgraph.data import DataSource
-from qgraph.errors import OptionError
+from qgraph.errors import OptionError, unknown
 from qgraph.job import Job, Progress
 from qgraph.options import Options
 from qgraph.report import Report
@@ -34,6 +35,7 @@ def optimize(
     evaluation: DataSource | None = None,
     options: Options | None = None,
     progress: Progress | None = None,
+    **changes: Any,
 ) -> Result:
     """Quantize a model for a target.
 
@@ -44,6 +46,7 @@ def optimize(
         evaluation: data for the comparison with the original. By default a part of `data`, chosen by content, is held
             back from calibration for it.
         options: see `Options`.
+        changes: fields of `Options` by name, as `target="x86"`, instead of or on top of `options`.
         progress: called with (what is done, steps done, steps in all).
 
     Returns:
@@ -57,12 +60,17 @@ def optimize(
             "Static quantization needs calibration data (--data): a few dozen typical inputs, for instance an .npz "
             "file with an array for each input, samples along axis 0."
         )
+    fields = [field.name for field in dataclasses.fields(Options)]
+    for name in changes:
+        if name not in fields:
+            raise unknown("option", name, fields)
+    options = dataclasses.replace(options or Options(), **changes)
     output = Path(output) if output is not None else None
     if output is not None and isinstance(model, (str, Path)) and output.resolve() == Path(model).resolve():
         raise OptionError("The output would replace the input; name another file.")
     workspace = modelio.Workspace(output)
     try:
-        job = Job(model, output, options or Options(), workspace, progress or _silent)
+        job = Job(model, output, options, workspace, progress or _silent)
         staged = job.run(data, evaluation)
         if output is not None:
             staged.commit()

@@ -11,14 +11,14 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from qgraph import datafiles, errors
-from qgraph.errors import DataError
+from qgraph.errors import DataError, QGraphError, first_line
 from qgraph.feeds import Batch, InputSpec, checked, inputs_of
 
 __all__ = ["Batch", "DataSource", "Dataset", "InputSpec", "inputs_of", "load"]
@@ -39,6 +39,7 @@ class Dataset:
         self.inputs = inputs
         self._only: frozenset[bytes] | None = None
         self._without: frozenset[bytes] = frozenset()
+        self._summary: tuple[int, int, Batch] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         found = False
@@ -53,9 +54,32 @@ class Dataset:
         if not found:
             raise DataError(f"There is no data in {self.label}: at least one sample is needed.")
 
+    def _summarize(self) -> tuple[int, int, Batch]:
+        """(number of batches, bytes of the largest, the batch with the smallest hash), found in one pass."""
+        if self._summary is None:
+            count = largest = 0
+            first: tuple[bytes, Batch] | None = None
+            for batch in self:
+                count, largest = count + 1, max(largest, batch.nbytes)
+                digest = batch.digest
+                if first is None or digest < first[0]:
+                    first = (digest, batch)
+            assert first is not None, "an empty dataset raises when it is read"
+            self._summary = (count, largest, first[1])
+        return self._summary
+
     def first(self) -> Batch:
         """The batch with the smallest hash: the same one in whatever order the data comes."""
-        return min(self, key=lambda batch: batch.digest)
+        return self._summarize()[2]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest batch."""
+        return self._summarize()[1]
+
+    def count(self) -> int:
+        """Number of batches."""
+        return self._summarize()[0]
 
     def split(self, share: float) -> tuple[Dataset, Dataset | None]:
         """Part of the batches held back, chosen by their contents' hash, so that their order does not matter.
@@ -71,9 +95,6 @@ class Dataset:
         rest._only, rest._without, part._only = self._only, self._without | held, held
         return rest, part
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
 
 def load(source: DataSource, inputs: list[InputSpec]) -> Dataset:
     """A dataset from whatever the user has.
@@ -82,7 +103,8 @@ def load(source: DataSource, inputs: list[InputSpec]) -> Dataset:
         source: a `.npz` file (arrays under the inputs' names, samples along axis 0); a `.npy` file (models with one
             input); a folder of such files, or of ONNX `test_data_set_*` folders with `input_0.pb`...; a string
             `package.module:function` naming a function that returns an iterable of feeds; such a function; or an
-            iterable of feeds. An iterator that can be read only once is copied to a temporary file as it is read.
+            iterable of feeds. What functions and iterables give is copied to temporary files while it is first read
+            (lists are not), so that every pass sees the same data.
         inputs: the model's inputs.
 
     Raises:
@@ -99,25 +121,54 @@ def load(source: DataSource, inputs: list[InputSpec]) -> Dataset:
             near = errors.nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
             raise DataError(f"There is no data at {text!r}." + (f" Did you mean {near!r}?" if near else ""))
         return Dataset(lambda: datafiles.batches(path, inputs), repr(text), inputs)
+    if isinstance(source, Mapping):
+        feed: Any = source
+        return load([feed], inputs)
     if callable(source):
         label = getattr(source, "__qualname__", repr(source))
-        return Dataset(lambda: _from_feeds(source(), label), f"function {label}", inputs)
-    if isinstance(source, Iterator):
-        spool = _Spool(source)
-        return Dataset(spool.batches, "the given iterator", inputs)
-    return Dataset(lambda: _from_feeds(source, "batch"), "the given data", inputs)
+        return Dataset(_Spool(_called(source, label), label).batches, f"function {label}", inputs)
+    if isinstance(source, Sequence):
+        return Dataset(lambda: _from_feeds(source, "batch"), "the given data", inputs)
+    # Whatever else can be iterated might differ from pass to pass: loaders that shuffle or augment do.
+    return Dataset(_Spool(_iterated(source, "the given data"), "batch").batches, "the given data", inputs)
+
+
+def _called(function: Callable[[], Iterable[Mapping[str, Any]]], label: str) -> Iterator[Any]:
+    """The feeds that a user's function returns, with its own failures told as such."""
+    try:
+        feeds = function()
+    except QGraphError:
+        raise
+    except Exception as error:
+        raise DataError(f"Function {label} failed: {type(error).__name__}: {first_line(error)}") from error
+    yield from _iterated(feeds, f"function {label}")
+
+
+def _iterated(feeds: Any, label: str) -> Iterator[Any]:
+    if not isinstance(feeds, Iterable):
+        raise DataError(f"{label} returned {type(feeds).__name__}, not an iterable of feeds (dicts of arrays).")
+    try:
+        yield from feeds
+    except QGraphError:
+        raise
+    except Exception as error:
+        raise DataError(f"Reading {label} failed: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _imported(text: str) -> Callable[[], Iterable[Mapping[str, Any]]]:
     module_name, _, attribute = text.partition(":")
-    if "" not in sys.path:
+    added = "" not in sys.path
+    if added:
         sys.path.insert(0, "")
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"Cannot import {text!r}: {error}") from error
+    except Exception as error:
+        raise DataError(f"Cannot import {text!r}: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        if added:
+            sys.path.remove("")
     if not callable(found):
         raise DataError(f"{text!r} is not a function that returns feeds.")
     return found  # type: ignore[no-any-return]
@@ -140,10 +191,11 @@ def _from_feeds(feeds: Any, label: str, start: int = 0) -> Iterator[Batch]:
 
 
 class _Spool:
-    """A one-shot iterator, written to disk while it is first read, so that it can be read again."""
+    """Feeds, written to disk while they are first read, so that every further pass gives the same."""
 
-    def __init__(self, source: Iterator[Mapping[str, Any]]):
+    def __init__(self, source: Iterator[Any], label: str):
         self._source = source
+        self._label = label
         self._folder = Path(tempfile.mkdtemp(prefix="qgraph-data-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._files: list[Path] = []
@@ -154,9 +206,9 @@ class _Spool:
         while True:
             while number < len(self._files):
                 with np.load(self._files[number], allow_pickle=True) as stored:
-                    yield Batch(f"batch {number}", {name[1:]: array for name, array in stored.items()})
+                    yield Batch(f"{self._label} {number}", {name[1:]: array for name, array in stored.items()})
                 number += 1
-            batch = next(_from_feeds(self._source, "batch", number), None)
+            batch = next(_from_feeds(self._source, self._label, number), None)
             if batch is None:
                 return
             path = self._folder / f"{number}.npz"

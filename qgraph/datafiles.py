@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph.errors import DataError
+from qgraph.errors import DataError, first_line
 from qgraph.feeds import Batch, InputSpec, check_names
 
 __all__ = ["UNREADABLE", "batches"]
@@ -69,48 +71,89 @@ def _from_protos(folder: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
 def _from_arrays(path: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
     """Samples along axis 0, as many a run as the model's batch size: one where it is free."""
     try:
-        mapped = path.suffix == ".npy"
-        # Numpy would leave a damaged archive open.
-        with path.open("rb") as file:
-            loaded = np.load(path if mapped else file, mmap_mode="r" if mapped else None, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                if len(inputs) != 1:
-                    raise DataError(
-                        f"{path.name!r} holds one array, but the model takes {len(inputs)} inputs: "
-                        f"{', '.join(i.name for i in inputs)}. Use .npz with one array for each."
-                    )
-                arrays: dict[str, NDArray[Any]] = {inputs[0].name: loaded}
-            else:
-                with loaded:
-                    arrays = {name: loaded[name] for name in loaded.files}
+        with contextlib.ExitStack() as stack:
+            members = _members(path, inputs, stack)
+            check_names(path.name, members, inputs)
+            yield from _sliced(path.name, members, inputs)
     except UNREADABLE as error:
-        raise DataError(f"Cannot read {str(path)!r}: {str(error).splitlines()[0]}") from error
-    check_names(path.name, arrays, inputs)
-    yield from _sliced(path.name, arrays, inputs)
+        raise DataError(f"Cannot read {str(path)!r}: {first_line(error)}") from error
 
 
-def _sliced(label: str, arrays: dict[str, NDArray[Any]], inputs: list[InputSpec]) -> Iterator[Batch]:
+class _Member:
+    """One array of a file, read from its start to its end without ever being in memory whole."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        self.shape, self._fortran, self.dtype = header(file)
+        if self.dtype.hasobject:
+            raise ValueError("holds Python objects instead of numbers")
+        self._whole: NDArray[Any] | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def whole(self) -> NDArray[Any]:
+        """All of it: for scalars, and for arrays stored by columns."""
+        if self._whole is None:
+            raw = np.frombuffer(self._bytes(math.prod(self.shape)), self.dtype)
+            self._whole = raw.reshape(self.shape, order="F" if self._fortran else "C")
+        return self._whole
+
+    def rows(self, start: int, count: int) -> NDArray[Any]:
+        """The next `count` rows, which must be those from `start`."""
+        if self._fortran:
+            return self.whole()[start : start + count]
+        row = self.shape[1:]
+        return np.frombuffer(self._bytes(count * math.prod(row)), self.dtype).reshape(count, *row)
+
+    def _bytes(self, count: int) -> bytes:
+        need = count * self.dtype.itemsize
+        data = self._file.read(need)
+        if len(data) < need:
+            raise EOFError("the file is truncated")
+        return data
+
+
+def _members(path: Path, inputs: list[InputSpec], stack: contextlib.ExitStack) -> dict[str, _Member]:
+    if path.suffix == ".npy":
+        if len(inputs) != 1:
+            raise DataError(
+                f"{path.name!r} holds one array, but the model takes {len(inputs)} inputs: "
+                f"{', '.join(i.name for i in inputs)}. Use .npz with one array for each."
+            )
+        return {inputs[0].name: _Member(stack.enter_context(path.open("rb")))}
+    names = stack.enter_context(zipfile.ZipFile(path)).namelist()
+    # An archive of its own for each, since they are read side by side.
+    archives = [(name, stack.enter_context(zipfile.ZipFile(path))) for name in names]
+    return {n.removesuffix(".npy"): _Member(stack.enter_context(archive.open(n))) for n, archive in archives}
+
+
+def _sliced(label: str, members: dict[str, _Member], inputs: list[InputSpec]) -> Iterator[Batch]:
     batched = {spec.name: spec for spec in inputs if spec.shape is None or len(spec.shape) > 0}
-    counts = {name: arrays[name].shape[0] for name in batched if arrays[name].ndim}
+    counts = {name: members[name].shape[0] for name in batched if members[name].ndim}
     if not counts:
-        yield Batch(label, arrays)
+        yield Batch(label, {name: member.whole() for name, member in members.items()})
         return
     if len(set(counts.values())) > 1:
         listing = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise DataError(f"The arrays of {label!r} differ in their number of samples: {listing}.")
     total = next(iter(counts.values()))
     # An array one rank higher than its input holds whole inputs; otherwise axis 0 is the input's own first axis.
-    stacked = all(spec.shape is not None and arrays[n].ndim == len(spec.shape) + 1 for n, spec in batched.items())
+    stacked = all(spec.shape is not None and members[n].ndim == len(spec.shape) + 1 for n, spec in batched.items())
     size = 1 if stacked else next((spec.batch for spec in batched.values() if spec.batch is not None), 1)
     if total % size:
         raise DataError(
             f"{label!r} holds {total} samples, but the model's batch is fixed at {size}: give a multiple of {size}."
         )
     for start in range(0, total, size):
-        feeds = {
-            name: (arrays[name][start] if stacked else arrays[name][start : start + size])
-            if name in batched
-            else arrays[name]
-            for name in arrays
-        }
-        yield Batch(f"{label}[{start}]", {name: np.asarray(array, order="C") for name, array in feeds.items()})
+        feeds: dict[str, NDArray[Any]] = {}
+        for name, member in members.items():
+            if name not in batched or not member.ndim:
+                feeds[name] = member.whole()
+            else:
+                rows = member.rows(start, size)
+                feeds[name] = rows[0] if stacked else rows
+        yield Batch(f"{label}[{start}]", feeds)

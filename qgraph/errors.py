@@ -9,6 +9,7 @@
     ├── QuantizationError     a request that cannot be carried out on this model
     │   └── NothingQuantizedError   the scheme found no node to quantize
     ├── AuditError            the written model does not run in the kernels that were planned
+    ├── AccuracyError         the result says little about what the original says, and nothing was written
     └── SlowerError           the result is slower than its input, and nothing was written
 
 Every message says what was wrong, where, and what to do.
@@ -20,6 +21,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "AccuracyError",
     "AuditError",
     "DataError",
     "ExecutionError",
@@ -30,6 +32,7 @@ __all__ = [
     "QGraphError",
     "QuantizationError",
     "SlowerError",
+    "first_line",
     "nearest",
     "unknown",
 ]
@@ -71,8 +74,17 @@ class AuditError(QGraphError):
     """The model does not run in the kernels that were planned for it."""
 
 
+class AccuracyError(QGraphError):
+    """The result's outputs are mostly noise."""
+
+
 class SlowerError(QGraphError):
     """The result is slower than its input on the target."""
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """What another library's error says, in one line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), "")[:limit] or type(error).__name__
 
 
 def nearest(name: str, choices: Iterable[str]) -> str | None:

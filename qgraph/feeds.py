@@ -39,6 +39,11 @@ class Batch:
     feeds: dict[str, NDArray[Any]]
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.feeds.values())
+
+    @property
     def digest(self) -> bytes:
         """Hash of the contents: an identity that no order of the data changes."""
         found = hashlib.sha256()

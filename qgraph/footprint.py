@@ -31,7 +31,8 @@ def _resident() -> int:
 def main(model: str, feeds: str, providers: str) -> None:
     """Measure `model` on the arrays of the file `feeds`."""
     with np.load(feeds) as stored:
-        arrays = dict(stored.items())
+        # Written with a prefix, since an input may be called like a parameter of `savez`.
+        arrays = {name[1:]: array for name, array in stored.items()}
     options = SessionOptions(providers=tuple(json.loads(providers)))
     before = _resident()
     start = time.perf_counter()

@@ -10,21 +10,23 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
+    "ORIGINS",
     "RUN_SHAPE",
     "add_initializer",
     "all_graphs",
     "attribute_int",
     "attribute_ints",
+    "channel_axis",
+    "clip_bounds",
     "constant",
     "constant_scalar",
     "element_count",
     "fresh_name",
     "has_constant",
     "is_float",
-    "is_graph_output",
     "is_standard",
     "label",
-    "outer_consumers",
+    "merge_origins",
     "producer",
     "release",
     "replace_node",
@@ -32,6 +34,8 @@ __all__ = [
     "value_names",
 ]
 
+ORIGINS = "qgraph.origins"
+"""Key in `Node.meta`: (name, operator) of each node that was merged into this one."""
 RUN_SHAPE = "qgraph.shape"
 """Key in `Value.meta`: the value's shape in a real run, a tuple of int."""
 
@@ -102,16 +106,6 @@ def element_count(value: ir.Value | None) -> int | None:
     return None if shape is None else int(np.prod(shape, dtype=np.int64))
 
 
-def is_graph_output(value: ir.Value) -> bool:
-    """Whether the model's caller sees `value`."""
-    return value.is_graph_output()
-
-
-def outer_consumers(value: ir.Value, graph: ir.Graph) -> bool:
-    """Whether a node in a body of If, Loop or Scan reads `value`, which belongs to `graph`."""
-    return any(node.graph is not graph for node in value.consumers())
-
-
 def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     """`graph` and every graph inside the attributes of its nodes."""
     yield graph
@@ -130,6 +124,22 @@ def attribute_ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int
     return list(default) if found is None else list(found.as_ints())
 
 
+def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    """Constant bounds of a Relu or Clip; infinite where absent, None where computed at run time."""
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    bounds: list[float | None] = []
+    for position, missing in ((1, float("-inf")), (2, float("inf"))):
+        value = node.inputs[position] if len(node.inputs) > position else None
+        bounds.append(missing if value is None else constant_scalar(value))
+    return bounds[0], bounds[1]
+
+
+def channel_axis(node: ir.Node) -> int:
+    """Axis of the channels in a layer's input: 1 for convolutions, the last one for products."""
+    return 1 if node.op_type == "Conv" else -1
+
+
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:
     """A new constant of `graph`; `name` must be free."""
     tensor.name = name
@@ -146,6 +156,7 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     after.name, after.type, after.shape = before.name, before.type, before.shape
     new.name = new.name or old.name
     new.metadata_props.update(old.metadata_props)
+    merge_origins(new, old)
     graph.insert_before(old, new)
     ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
     before.name = None
@@ -160,6 +171,12 @@ def value_names(graph: ir.Graph) -> set[str]:
         names.update(one.initializers)
         names.update(v.name for node in one for v in node.outputs if v.name)
     return names
+
+
+def merge_origins(into: ir.Node, *nodes: ir.Node) -> None:
+    """Remember on `into` which nodes it stands for."""
+    known = [origin for node in nodes for origin in ((node.name or "", node.op_type), *node.meta.get(ORIGINS, ()))]
+    into.meta[ORIGINS] = (*into.meta.get(ORIGINS, ()), *known)
 
 
 def fresh_name(base: str, taken: set[str]) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph.errors import ExternalDataError, ModelError
+from qgraph.errors import ExternalDataError, ModelError, first_line
 from qgraph.session import max_ir_version
 
-__all__ = ["Staged", "Workspace", "fingerprint", "has_external", "read", "size_on_disk", "stage"]
+__all__ = ["Staged", "Workspace", "external_files", "fingerprint", "has_external", "read", "size_on_disk", "stage"]
 
 OLDEST_OPSET = 7
 _SPILL_BYTES = 64 << 20
@@ -37,7 +39,7 @@ def read(path: str | Path) -> ir.Model:
     try:
         model = ir.load(path)
     except Exception as error:
-        raise ModelError(f"{str(path)!r} is not a readable ONNX model: {str(error).splitlines()[0][:300]}") from error
+        raise ModelError(f"{str(path)!r} is not a readable ONNX model: {first_line(error)}") from error
     if len(model.graph) == 0 and not model.graph.outputs:
         raise ModelError(f"{str(path)!r} is not an ONNX model: it has no graph.")
     imports = model.graph.opset_imports
@@ -66,9 +68,23 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
                 yield name, value.const_value
 
 
+def _all_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Initializers, and tensors in the attributes of nodes."""
+    yield from _tensors(model)
+    for node in model.graph.all_nodes():
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                yield f"{node.name or node.op_type}.{attribute.name}", attribute.as_tensor()
+
+
+def external_files(model: ir.Model) -> set[Path]:
+    """The resolved paths of all files of external data that the model names."""
+    return {Path(t.path).resolve() for _, t in _all_tensors(model) if isinstance(t, ir.ExternalTensor)}
+
+
 def _check_external(model: ir.Model, folder: Path) -> None:
     root = folder.resolve()
-    for name, tensor in _tensors(model):
+    for name, tensor in _all_tensors(model):
         if not isinstance(tensor, ir.ExternalTensor):
             continue
         where = Path(tensor.path)
@@ -149,6 +165,7 @@ class Workspace:
             self.folder = Path(tempfile.mkdtemp(prefix=".qgraph-", dir=folder))
         except OSError as error:
             raise ModelError(f"Cannot write in {str(folder)!r}: {error.strerror}.") from error
+        self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
     def spill(self, model: ir.Model) -> Path | None:
         """Make sure that all large weights of `model` are external tensors of one folder, and return that folder.
@@ -171,8 +188,8 @@ class Workspace:
         return data
 
     def close(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder; done by itself when nothing refers to the workspace any more."""
+        self._remove()
 
     def __enter__(self) -> Workspace:
         return self
@@ -209,14 +226,22 @@ class Staged:
                     final.replace(saved)
                 moved.append((final, saved))
                 (self.path.parent / name).replace(final)
-        except OSError as error:
+        except BaseException as error:
             for final, saved in reversed(moved):
                 with contextlib.suppress(OSError):
                     if saved is not None:
                         saved.replace(final)
                     else:
                         final.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                raise
             raise ModelError(f"Cannot write {str(self.destination)!r}: {error.strerror}.") from error
+
+
+def _data_name(destination: Path, avoid: Collection[Path]) -> str:
+    folder = destination.resolve().parent
+    names = (f"{destination.name}{suffix}.data" for suffix in ("", *(f".{n}" for n in itertools.count(1))))
+    return next(name for name in names if folder / name not in avoid)
 
 
 def stage(
@@ -224,6 +249,7 @@ def stage(
     destination: Path,
     workspace: Workspace,
     external: bool = False,
+    avoid: Collection[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Staged:
     """Write `model` as it will stand at `destination`, into the workspace.
@@ -235,13 +261,14 @@ def stage(
         destination: the final path.
         workspace: where to write.
         external: put the weights into `<name>.data`; done in any case when they exceed 1 GiB.
+        avoid: resolved paths that must not be replaced, as the original's own data.
         progress: called with (tensors done, tensors in all).
     """
     model.ir_version = min(model.ir_version, max_ir_version())
     folder = Path(tempfile.mkdtemp(prefix="staged-", dir=workspace.folder))
     path = folder / destination.name
     sizes = [t.nbytes for _, t in _tensors(model)]
-    data = destination.name + ".data" if external or sum(sizes) > _INLINE_BYTES else None
+    data = _data_name(destination, avoid) if external or sum(sizes) > _INLINE_BYTES else None
     if data is None:
         # What lies in the workspace would otherwise be written as a reference to it.
         model = ir.external_data.load_to_model(model.clone())

@@ -6,6 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from qgraph import calibration
+from qgraph.errors import OptionError, unknown
+from qgraph.observers import OBSERVERS
 
 __all__ = ["Options"]
 
@@ -24,7 +26,7 @@ class Options:
         save_ranges: file to save the observed ranges in.
         bench_seconds: about how long to time both models for each thread count; 0 does not time, and so cannot promise
             that the result is not slower.
-        force: write the result even if it is slower than its input.
+        force: write the result even if it is slower than its input, or mostly noise.
     """
 
     target: str = "cpu"
@@ -32,7 +34,22 @@ class Options:
     observer: str | None = None
     keep_float: tuple[str, ...] = ()
     memory: int = calibration.DEFAULT_BUDGET
-    ranges: Path | None = None
-    save_ranges: Path | None = None
+    ranges: Path | str | None = None
+    save_ranges: Path | str | None = None
     bench_seconds: float = 4.0
     force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            OptionError: a single string where several patterns are expected, or options that exclude each other.
+        """
+        if isinstance(self.keep_float, str):
+            raise OptionError(f"keep_float takes several patterns: write ({self.keep_float!r},).")
+        if self.observer is not None and self.observer not in OBSERVERS:
+            raise unknown("observer", self.observer, OBSERVERS)
+        if self.ranges is not None and self.observer is not None:
+            raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
+        if self.memory <= 0 or self.bench_seconds < 0:
+            raise OptionError("memory must be positive, and bench_seconds not negative.")

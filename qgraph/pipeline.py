@@ -31,7 +31,9 @@ class Context:
         observer: name of the observer, None for each spec's own.
         budget: bytes that the observed values of one run may take.
         ranges: saved statistics to use instead of running the data, with the model's key.
-        keep_float: pattern of node names, or operator -> reason, for nodes to be left in float.
+        save_ranges: file to save the observed statistics in, with the model's key.
+        keep_float: patterns of node names, or operators, of the nodes that the caller wants in float.
+        refused: node name -> reason, for nodes found not to run in their planned kernel.
         measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
         progress: called with (what is done, steps done, steps in all).
     """
@@ -43,7 +45,9 @@ class Context:
     observer: str | None = None
     budget: int = DEFAULT_BUDGET
     ranges: tuple[Path, str] | None = None
-    keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    save_ranges: tuple[Path, str] | None = None
+    keep_float: tuple[str, ...] = ()
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict[str, tuple[float, float]])
     progress: Callable[[str, int, int], None] | None = None
 

@@ -74,12 +74,14 @@ class Fidelity:
         held_back: whether calibration did not see these samples.
         outputs: by output name.
         layers: inner values in order of execution.
+        skipped: outputs whose shapes differ, with the first difference; their shape depends on their values.
     """
 
     samples: int
     held_back: bool
     outputs: dict[str, OutputError]
     layers: list[Layer] = dataclasses.field(default_factory=list[Layer])
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     @property
     def worst(self) -> OutputError:

@@ -110,6 +110,8 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
         same = "" if error.agreement is None else f"{error.agreement:.2%}"
         table.add_row(Text(name), _decibels(error.sqnr), f"{error.cosine:.6f}", f"{error.max_error:.3g}", same)
     console.print(table)
+    for name, what in fidelity.skipped.items():
+        console.print(Text(f"not compared: {name}, which has {what}", style="yellow"))
     apart = "" if fidelity.held_back else ", which calibration has seen"
     console.print(f"on {fidelity.samples} runs{apart}", style="dim")
     if fidelity.layers:

@@ -1,6 +1,6 @@
 """Mean of each channel, exact and independent of the order of the data.
 
-The mean of every batch is a float; floats do not add up the same in every order, integers do. Each mean is split into
+The mean of every sample is a float; floats do not add up the same in every order, integers do. Each mean is split into
 a 24-bit mantissa and an exponent, and mantissas are added as int64 in one of 20 accumulators by exponent (Kulisch's
 long accumulator, "Computer Arithmetic and Validity", 2008, in pieces).
 """
@@ -20,9 +20,9 @@ _PIECES = 20
 
 
 class ChannelMean:
-    """Mean over all positions but `axis`, of arrays whose size along `axis` stays the same.
+    """Mean over samples (along axis 0) of each sample's mean over all positions but `axis`.
 
-    Every array counts alike: it is one sample (or one batch, where the caller gives batches).
+    Every sample counts alike, so the split into batches makes no difference.
     """
 
     def __init__(self, axis: int):
@@ -31,25 +31,28 @@ class ChannelMean:
         self._weight = 0
 
     def update(self, array: NDArray[np.floating]) -> None:
-        """Take in all of `array`; empty arrays change nothing."""
+        """Take in all samples of `array`, whose size along `axis` stays the same; empty arrays change nothing."""
         if array.size == 0:
             return
         axis = self.axis % array.ndim
-        others = tuple(i for i in range(array.ndim) if i != axis)
-        mean = array.mean(axis=others, dtype=np.float64).astype(np.float32)
-        if not np.isfinite(mean).all():
-            return
-        self._add(mean)
+        if axis == 0:
+            array, axis = array[None], 1
+        others = tuple(i for i in range(1, array.ndim) if i != axis)
+        means = array.mean(axis=others, dtype=np.float64).astype(np.float32) if others else array.astype(np.float32)
+        if np.isfinite(means).all():
+            self._add(means)
 
-    def _add(self, mean: NDArray[np.float32]) -> None:
+    def _add(self, means: NDArray[np.float32]) -> None:
+        """Add [samples, channels]."""
         if self._sums is None:
-            self._sums = np.zeros((_PIECES, mean.size), np.int64)
-        mantissa, exponent = np.frexp(mean.astype(np.float64))
+            self._sums = np.zeros((_PIECES, means.shape[1]), np.int64)
+        mantissa, exponent = np.frexp(means.astype(np.float64))
         place = exponent.astype(np.int64) - _LOWEST
         piece = np.clip(place // _SPAN, 0, _PIECES - 1)
         digits = np.rint(np.ldexp(mantissa, _MANTISSA)).astype(np.int64) << (place - piece * _SPAN).clip(0, _SPAN)
-        np.add.at(self._sums, (piece, np.arange(mean.size)), digits)
-        self._weight += 1
+        for number in np.unique(piece):
+            self._sums[number] += np.where(piece == number, digits, 0).sum(axis=0)
+        self._weight += means.shape[0]
 
     def merge(self, other: Self) -> None:
         """Take in all that `other` has seen."""
@@ -67,7 +70,7 @@ class ChannelMean:
         return np.asarray((self._sums * units[:, None]).sum(axis=0) / self._weight)
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """Arrays `sums` (int64 [pieces, channels]) and `count` (int64 [2]: axis, batches)."""
+        """Arrays `sums` (int64 [pieces, channels]) and `count` (int64 [2]: axis, samples)."""
         sums = np.zeros((_PIECES, 0), np.int64) if self._sums is None else self._sums
         return {"sums": sums, "count": np.array([self.axis, self._weight])}
 

@@ -18,7 +18,7 @@ from qgraph import errors
 from qgraph.session import SessionOptions
 from qgraph.spec import QuantSpec, Scheme
 
-__all__ = ["ABSORBED", "KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target"]
+__all__ = ["ABSORBED", "KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target", "annotated"]
 
 SPEC = "qgraph.spec"
 """Key in `Value.meta`: the QuantSpec that annotation gave the value."""
@@ -30,6 +30,12 @@ ABSORBED = "qgraph.absorbed"
 """Key in `Node.meta` of a Relu or Clip: name of the node whose quantizer does its work."""
 REASON = "qgraph.reason"
 """Key in `Node.meta`: why the node stays in float."""
+
+
+def annotated(graph: ir.Graph) -> list[ir.Value]:
+    """The activations that have a spec, in topological order."""
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    return [value for value in values if SPEC in value.meta]
 
 
 class Output(enum.Enum):
@@ -87,6 +93,8 @@ class Target(abc.ABC):
     schemes: Mapping[str, Scheme]
     slow_fusions: frozenset[str] = frozenset()
     """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
+    greedy_fusions: frozenset[str] = frozenset()
+    """Operators that the runtime turns into integer kernels wherever they stand between integers, planned or not."""
 
     def scheme(self, name: str) -> Scheme:
         """The scheme called `name`, as this target wants it.

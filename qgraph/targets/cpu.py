@@ -39,6 +39,22 @@ class Cpu(Target):
     min_opset = 17
     # 485 us against 82 us for Sum and LayerNormalization of [1, 128, 768], one thread (tools/measure_kernels.py).
     slow_fusions = frozenset({"SkipLayerNormalization"})
+    # Left to it, the runtime would run a 20 times slower AveragePool, and a Softmax whose codes wrap round.
+    greedy_fusions = frozenset(
+        {
+            "Add",
+            "AveragePool",
+            "Concat",
+            "GlobalAveragePool",
+            "LeakyRelu",
+            "MatMul",
+            "Mul",
+            "ReduceMean",
+            "Sigmoid",
+            "Softmax",
+            "Where",
+        }
+    )
 
     def __init__(self, name: str, description: str, activation: Format, weight: Format):
         self.name = name

@@ -37,6 +37,8 @@ def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 def _float_activation(value: ir.Value | None) -> Refusal | None:
     if value is None:
         return Refusal("an input is missing")
+    if value.is_initializer():
+        return Refusal(f"its input {value.name!r} is a constant or has a default")
     if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
         return Refusal(f"computes in {value.dtype.name.lower()}, not float32")
     if value.dtype is None:
@@ -82,6 +84,8 @@ def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     left, right = node.inputs[0], node.inputs[1]
     if left is not None and right is not None and not right.is_initializer() and not left.is_initializer():
         return Refusal("a product of two activations gains too little for what it loses in accuracy")
+    if graph.has_constant(left):
+        return Refusal("the weight is on the left; the integer kernel wants it on the right")
     refusal = _float_activation(left) or _weight(right, "the weight")
     if refusal is not None or right is None or left is None:
         return refusal or Refusal("an input is missing")
@@ -123,7 +127,8 @@ def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     if bias is not None:
         if beta is not None and beta.as_float() != 1.0:
             return Refusal("beta is not 1")
-        if math.prod(graph.run_shape(bias) or ()) != columns:
+        shape_of_bias = graph.run_shape(bias) or ()
+        if shape_of_bias[-1:] != (columns,) or math.prod(shape_of_bias) != columns:
             return Refusal("the bias is not one number per column")
     cost = costs.matmul(_rows(left, inner), inner, columns)
     return Kernel(

@@ -29,6 +29,10 @@ GROUP = "qgraph.group"
 """Key in `Value.meta`: name of the value whose parameters this one shares."""
 
 
+_SPARE_SHARE = 0.03
+"""What the precision of the outputs may cost, as a share of the estimated time."""
+
+
 class Annotate(ir.passes.InPlacePass):
     """Chooses islands and annotates values and nodes.
 
@@ -73,9 +77,11 @@ class Annotate(ir.passes.InPlacePass):
                     node.meta[REASON] = "inside a body of If, Loop or Scan, whose values cannot be observed"
         self._check_patterns(main)
         results = {node: self._result(node, kernel) for node, kernel in kernels.items()}
-        chosen = islands.cheapest(main, kernels, results, self.target)
+        chosen, spared = self._choose(main, kernels, results)
         for node, kernel in kernels.items():
-            if node in chosen:
+            if node in spared:
+                node.meta[REASON] = "a last layer: in eight bits it would cap the output's precision, and gains little"
+            elif node in chosen:
                 node.meta[KERNEL] = kernel
             else:
                 node.meta[REASON] = _worth(kernel)
@@ -86,6 +92,20 @@ class Annotate(ir.passes.InPlacePass):
             )
         self._annotate(main, kernels, results, chosen)
         return ir.passes.PassResult(model, False)
+
+    def _choose(
+        self, main: ir.Graph, kernels: Mapping[ir.Node, Kernel], results: Mapping[ir.Node, list[ir.Value]]
+    ) -> tuple[set[ir.Node], set[ir.Node]]:
+        """(nodes in integers, last layers kept in float because that costs little)."""
+        total, chosen = islands.cheapest(main, kernels, results, self.target)
+        last = {n for n in islands.last_layers(main, kernels) if kernels[n].output is Output.QUANTIZED and n in chosen}
+        if last:
+            rest = {node: kernel for node, kernel in kernels.items() if node not in last}
+            careful, fewer = islands.cheapest(main, rest, results, self.target)
+            careful += sum(kernels[node].float_seconds for node in last)
+            if fewer and careful <= total * (1 + _SPARE_SHARE):
+                return fewer, last
+        return chosen, set()
 
     def _find(self, node: ir.Node) -> Kernel | Refusal:
         name = node.name or ""

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qgraph.targets import Kernel, Target
 
-__all__ = ["Groups", "cheapest"]
+__all__ = ["Groups", "cheapest", "last_layers"]
 
 _INTEGER, _FLOAT = "integer", "float"
 
@@ -24,8 +24,8 @@ def cheapest(
     kernels: Mapping[ir.Node, Kernel],
     results: Mapping[ir.Node, list[ir.Value]],
     target: Target,
-) -> set[ir.Node]:
-    """The nodes on the integer side of the cheapest cut."""
+) -> tuple[float, set[ir.Node]]:
+    """The least total time in seconds, and the nodes that are in integers then."""
     network: nx.DiGraph[object] = nx.DiGraph()
     network.add_nodes_from((_INTEGER, _FLOAT))
 
@@ -66,9 +66,27 @@ def cheapest(
             for reader in readers:
                 network.add_edge(crossing, reader)
     if not kernels:
-        return set()
-    _, (integer, _) = nx.minimum_cut(network, _INTEGER, _FLOAT, flow_func=nx.algorithms.flow.preflow_push)
-    return {node for node in kernels if node in integer}
+        return 0.0, set()
+    total, (integer, _) = nx.minimum_cut(network, _INTEGER, _FLOAT, flow_func=nx.algorithms.flow.preflow_push)
+    return total * 1e-12, {node for node in kernels if node in integer}
+
+
+def last_layers(main: ir.Graph, kernels: Mapping[ir.Node, Kernel]) -> set[ir.Node]:
+    """The layers with weights whose results reach an output of the model without meeting another such layer."""
+    found: set[ir.Node] = set()
+    seen: set[ir.Node] = set()
+    waiting = [value.producer() for value in main.outputs]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        kernel = kernels.get(node)
+        if kernel is not None and kernel.weight is not None:
+            found.add(node)
+        else:
+            waiting.extend(value.producer() for value in node.inputs if value is not None)
+    return found
 
 
 class Groups:

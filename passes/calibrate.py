@@ -58,7 +58,7 @@ class Calibrate(ir.passes.InPlacePass):
             calibration.save(model, *self.save)
         groups: dict[str, Observer] = {}
         for value in values:
-            # Taken away: a statistic is of no use once it is solved, and half a megabyte large.
+            # Taken away: a statistic is of no use once it is solved.
             observer: Observer | None = value.meta.pop(OBSERVER, None)
             if observer is None:
                 continue

@@ -240,7 +240,8 @@ class Staged:
 
 def _data_name(destination: Path, avoid: Collection[Path]) -> str:
     folder = destination.resolve().parent
-    names = (f"{destination.name}{suffix}.data" for suffix in ("", *(f".{n}" for n in itertools.count(1))))
+    suffixes = itertools.chain([""], (f".{n}" for n in itertools.count(1)))
+    names = (f"{destination.name}{suffix}.data" for suffix in suffixes)
     return next(name for name in names if folder / name not in avoid)
 
 

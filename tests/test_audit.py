@@ -85,7 +85,7 @@ def test_an_unfused_weight_is_found_with_its_reader(built, model_kit, tmp_path):
     found = audit.audit(tmp_path / "broken.onnx", plan, model_kit.free())
     assert not found.clean
     assert "/net/d" in found.problems
-    assert found.unfused == {"V_quantized": "/net/d"}
+    assert found.unfused == {"V_quantized": ["/net/d"]}
 
 
 def test_a_mover_on_dequantized_values_is_a_problem(built, model_kit, tmp_path):

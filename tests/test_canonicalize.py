@@ -71,8 +71,6 @@ def test_weights_made_of_constants_are_folded(model_kit, canonical, made):
            and (f"({name})" in made or f"({name}," in made or f", {name})" in made)},
     )  # fmt: skip
     after = canonical(model)
-    if made.startswith("v ="):
-        pytest.xfail("a filler is folded only where it is itself the weight")
     assert model_kit.ops(after) == ["MatMul"]
     assert graph.has_constant(after.graph[0].inputs[1])
     assert len(after.graph.initializers) == 1

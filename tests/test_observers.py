@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_the_data(name):
     rng = np.random.default_rng(0)
     data = rng.standard_normal(1 << 18).astype(np.float32)
     few, many = held(observed(name, data)), held(observed(name, *(data * s for s in rng.permutation([1.0, -1.0] * 8))))
-    assert many[0] <= few[0] + 16
+    assert many[0] <= 2 * few[0] + 64
     assert many[1] <= 2 * few[1]
 
 

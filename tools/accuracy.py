@@ -3,9 +3,9 @@
     python tools/accuracy.py top1 MODEL... --data evaluation.npz --labels labels.npz
     python tools/accuracy.py anchors ORIGINAL OTHER --data evaluation.npz
 
-`top1` counts samples whose largest output is the label (labels below zero are left out). `anchors` takes a detector with
-outputs `scores` [N, anchors, 2] and `boxes` [N, anchors, 4] (x1, y1, x2, y2): the intersection over union of the sets of
-anchors whose score exceeds the threshold, and the mean intersection over union of their boxes.
+`top1` counts samples whose largest output is the label (labels below zero are left out). `anchors` takes a detector
+with outputs `scores` [N, anchors, 2] and `boxes` [N, anchors, 4] (x1, y1, x2, y2): the intersection over union of the
+sets of anchors whose score exceeds the threshold, and the mean intersection over union of their boxes.
 """
 
 from __future__ import annotations

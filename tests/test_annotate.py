@@ -324,7 +324,9 @@ def test_keep_float_of_a_node_that_was_merged_into_another(model_kit, annotated)
         assert annotated(model.clone(), keep_float=(pattern,)) == {"y"}, pattern
 
 
-@pytest.mark.parametrize("pattern, near", [("Cov", "Conv"), ("none*", "There are|Known"), ("BatchNormalization", "Known")])
+@pytest.mark.parametrize(
+    "pattern, near", [("Cov", "Conv"), ("none*", "There are|Known"), ("BatchNormalization", "Known")]
+)
 def test_keep_float_without_effect_is_an_error(annotated, chain, pattern, near):
     with pytest.raises(OptionError, match=rf"node or operator to keep in float.*{pattern[:3]}.*({near})"):
         annotated(chain, keep_float=("b", pattern))

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -86,6 +87,57 @@ def test_an_unfused_weight_is_found_with_its_reader(built, model_kit, tmp_path):
     assert not found.clean
     assert "/net/d" in found.problems
     assert found.unfused == {"V_quantized": ["/net/d"]}
+
+
+def test_a_float_node_that_runs_in_integers_is_a_problem(built, model_kit):
+    _, path, plan = built
+    operators = {name: kinds for name, kinds in plan.operators.items() if name != "/net/y"}
+    found = audit.audit(path, Plan(operators, plan.movers, floats=frozenset({"/net/y"})), model_kit.free())
+    assert found.problems == {"/net/y": "was to stay in float, but runs as QLinearAdd"}
+
+
+def test_constants_that_were_dequantized_before_are_nobodys_fault(model_kit, tmp_path):
+    n = model_kit.normal
+    codes = np.random.default_rng(0).integers(-127, 127, (8, 8)).astype(np.int8)
+    model = model_kit.text(
+        """g (float[2, 8] x) => (float[2, 8] y) {
+            wd = DequantizeLinear (w, ws, wz)
+            r = Tanh (x)
+            h = Add (r, wd_row)
+            k = MatMul (h, wd)
+            y = MatMul (k, V)
+        }""",
+        w=codes,
+        ws=np.array(0.01, np.float32),
+        wz=np.array(0, np.int8),
+        wd_row=n(8),
+        V=n(8, 8),
+    )
+    after = model_kit.static(model)
+    ir.save(after, tmp_path / "m.onnx")
+    plan = audit.plan_of(after)
+    assert plan.given == {"w"}
+    assert audit.audit(tmp_path / "m.onnx", plan, model_kit.free()).clean
+    blamed = audit.audit(tmp_path / "m.onnx", dataclasses.replace(plan, given=frozenset()), model_kit.free())
+    assert list(blamed.unfused) == ["w"] and len(blamed.unfused["w"]) == 1
+
+
+def test_all_readers_of_an_unfused_constant_are_listed(model_kit, tmp_path):
+    model = model_kit.text(
+        """g (float[2, 8] x) => (float[2, 8] y) {
+            wd = DequantizeLinear (w, ws)
+            a = Mul (x, wd)
+            b = Add (a, wd)
+            y = Neg (b)
+        }""",
+        w=np.ones(8, np.int8),
+        ws=np.array(0.01, np.float32),
+    )
+    for node in model.graph:
+        node.name = f"/net/{node.outputs[0].name}"
+    ir.save(model, tmp_path / "m.onnx")
+    found = audit.audit(tmp_path / "m.onnx", Plan({}), model_kit.free())
+    assert {k: sorted(set(v)) for k, v in found.unfused.items()} == {"w": ["/net/a", "/net/b"]}
 
 
 def test_a_mover_on_dequantized_values_is_a_problem(built, model_kit, tmp_path):

@@ -124,6 +124,19 @@ def test_unknown_rank_is_refused(model_kit, formed):
     assert model_kit.ops(after) == ["MatMul", "Add"]
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.float16, np.float64])
+@pytest.mark.parametrize("lead", ["2", "2, 3"])
+def test_other_types_are_left_alone(model_kit, kind, lead):
+    name = np.dtype(kind).name.replace("float64", "double")
+    model = model_kit.text(
+        f"g ({name}[{lead}, 8] x) => ({name}[{lead}, 4] y) {{ h = MatMul (x, W)  y = Add (h, b) }}",
+        W=np.ones((8, 4), kind),
+        b=np.ones(4, kind),
+    )
+    assert not BiasForm()(model).modified
+    assert model_kit.ops(model) == ["MatMul", "Add"]
+
+
 def test_overridable_row_is_refused(model_kit, formed):
     model = model_kit.text(
         "g (float[2, 8] x) => (float[2, 4] y) { h = MatMul (x, W)  y = Add (h, b) }",

@@ -1,3 +1,4 @@
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -186,20 +187,53 @@ def test_what_lies_behind_the_observed_values_is_not_run(tiny_chain):
     assert values_of(model)["scaled"].meta[OBSERVER].count == 72
 
 
-def test_no_more_than_a_few_batches_are_alive_at_once(tiny_chain):
-    model, alive, most = watched(tiny_chain()), [], []
+def test_no_more_than_a_few_batches_are_alive_at_once(tiny_chain, monkeypatch):
+    """Neither of those that the function gives, nor of those that are read back from disk for every further graph."""
+    model, given, read, most = watched(tiny_chain()), [], [], []
+
+    def alive(refs):
+        return sum(ref() is not None for ref in refs)
 
     def generate():
-        for feed in feeds_of(count=30):
-            array = feed["x"]
-            alive.append(weakref.ref(array))
+        for number in range(30):
+            array = np.full((3, 4), number + 1, np.float32)
+            given.append(weakref.ref(array))
             yield {"x": array}
-            del array, feed
-            most.append(sum(ref() is not None for ref in alive))
+            del array
+            most.append(alive(given))
 
+    update = calibration._update
+
+    def watching(value, array, batch):
+        if not read or read[-1]() is not batch:
+            read.append(weakref.ref(batch))
+        most.append(alive(read))
+        update(value, array, batch)
+
+    monkeypatch.setattr(calibration, "_update", watching)
     observe(model, dataset(model, generate), budget=1)
-    assert len(alive) >= 120
-    assert max(most) <= 34  # the test's own list of 30, and few more
+    assert len(given) == 30, "the function is called once"
+    assert len(read) >= 4 * 30, "each of the four graphs sees all"
+    assert max(most) <= 4
+
+
+def test_memory_is_flat_in_the_number_of_batches(tiny_chain):
+    def peak(count):
+        model = watched(tiny_chain(width=4096), "minmax")
+
+        def generate():
+            for number in range(count):
+                yield {"x": np.full((8, 4096), number + 1, np.float32)}
+
+        tracemalloc.start()
+        observe(model, dataset(model, generate), budget=1)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(2)
+    few, many = peak(4), peak(40)
+    assert many < few + 4 * 8 * 4096, "36 batches more, none of them kept"
 
 
 def test_sessions_are_closed_when_a_batch_fails(tiny_chain, monkeypatch):

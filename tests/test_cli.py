@@ -117,7 +117,7 @@ def test_inspect(work):
     found = run("inspect", "m.onnx")
     assert found.exit_code == 0, found.output
     assert "opset 21" in found.output and "2 Gemm" in found.output and "image" in found.output
-    assert "2 nodes in integers" in found.output
+    assert re.search(r"nodes in integers:.*2 Gemm as QGemm", found.output)
     assert "Give --data" in found.output
     assert "Give --data" not in run("inspect", "m.onnx", "--data", "data.npz").output
     assert not list(work.glob(".*"))
@@ -196,6 +196,7 @@ GOOD = ("--data", "data.npz", *QUIET)
         (("m.onnx", "out.onnx", *GOOD, "--eval", "nan.npz"), "holds NaN"),
         (("m.onnx", "out.onnx", *GOOD, "--ranges", "no.npz"), "Cannot read ranges from 'no.npz'"),
         (("m.onnx", "out.onnx", *GOOD, "--ranges", "data.npz"), "no ranges written by qgraph"),
+        (("m.onnx", "out.onnx", *GOOD, "--ranges", "no.npz", "--observer", "minmax"), "bring their observer"),
         (("m.onnx", "out.onnx", *GOOD, "--report", "no/r.json"), "Cannot write to 'no/r.json'"),
         (("m.onnx", "out.onnx", *GOOD, "--save-ranges", "no/r.npz"), "Cannot write to 'no/r.npz'"),
         (("m.onnx", "out.onnx", *GOOD, "--keep-float", "Gemm"), "nothing worth quantizing"),

@@ -102,8 +102,35 @@ def test_other_outputs_are_an_error(pair):
 def test_other_shapes_are_an_error(model_kit, pair):
     original, _, data = pair()
     other = model_kit.text("g (float[2, 4] x) => (float[4, 2] y) { y = Transpose (x) }")
-    with pytest.raises(DataError, match=r"'y' has shapes \(2, 4\) and \(4, 2\)"):
+    with pytest.raises(DataError, match=r"No output .*'y' has shape \[4, 2\] instead of \[2, 4\] on 'batch 0'"):
         compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+
+
+def test_an_output_whose_shape_differs_is_listed_and_the_rest_compared(pair):
+    # NonZero finds more where a constant is added.
+    operators = "y = Relu (p)  z = NonZero (y)"
+    original, other, data = pair(operators=operators, outputs="float[2, 4] y, int64[2, k] z", offset=0.5)
+    found = compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+    assert set(found.outputs) == {"y"} and set(found.skipped) == {"z"}
+    assert "instead of [2," in found.skipped["z"] and "'batch 0'" in found.skipped["z"]
+    assert found.worst is found.outputs["y"]
+
+
+def test_an_output_whose_shape_differs_once_is_not_compared_on_the_rest(model_kit):
+    text = "g (float[n, 4] x) => (float[n, 4] y, int64[2, k] z) {{ y = {} (x)  z = NonZero (y) }}"
+    original, other = model_kit.text(text.format("Relu")), model_kit.text(text.format("Neg"))
+    rows = [np.full((1, 4), value, np.float32) for value in (1, 1, -1, 1)]
+    data = load([{"x": row} for row in rows], inputs_of(original))
+    found = compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+    assert set(found.skipped) == {"z"} and "'batch 2'" in found.skipped["z"]
+
+
+def test_zero_rows(model_kit):
+    model = model_kit.text("g (float[n, 4] x) => (float[n, 4] y) { y = Relu (x) }")
+    for sizes in ((0, 3, 0), (0,)):
+        data = load([{"x": model_kit.normal(n, 4)} for n in sizes], inputs_of(model))
+        error = compare.compare(Runnable(model), Runnable(model), data, OPTIONS).outputs["y"]
+        assert (error.sqnr, error.max_error) == (np.inf, 0.0)
 
 
 def test_other_inputs_are_an_error(model_kit, pair):

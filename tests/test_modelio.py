@@ -1,5 +1,6 @@
 import copy
 import errno
+import gc
 import shutil
 import tempfile
 import weakref
@@ -285,6 +286,14 @@ def test_places_where_nothing_can_be_written(tmp_path, monkeypatch):
         Workspace(tmp_path / "out.onnx")
 
 
+def test_a_workspace_goes_with_its_last_reference(tmp_path):
+    workspace = Workspace(tmp_path / "out.onnx")
+    (workspace.folder / "file").write_text("x")
+    del workspace
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_small_models_stay_in_memory(tiny_chain, tmp_path):
     model = tiny_chain(width=512)
     with Workspace(tmp_path / "out.onnx") as workspace:
@@ -416,6 +425,34 @@ def test_nothing_refers_to_the_workspace(tiny_chain, destination, monkeypatch, a
     np.testing.assert_array_equal(run(destination), run(tiny_chain(width=512)))
 
 
+@pytest.mark.parametrize(
+    "avoid, name",
+    [
+        ((), "out.onnx.data"),
+        (("other.data",), "out.onnx.data"),
+        (("out.onnx.data",), "out.onnx.1.data"),
+        (("out.onnx.data", "out.onnx.1.data"), "out.onnx.2.data"),
+    ],
+)
+def test_the_data_takes_a_name_that_is_not_to_be_replaced(tiny_chain, destination, avoid, name):
+    for one in avoid:
+        (destination.parent / one).write_text("precious")
+    with Workspace(destination) as workspace:
+        stage(
+            tiny_chain(width=512), destination, workspace, True, {(destination.parent / one).resolve() for one in avoid}
+        ).commit()
+    assert set(files(destination.parent)) == {"out.onnx", name, *avoid}
+    assert all((destination.parent / one).read_text() == "precious" for one in avoid)
+    np.testing.assert_array_equal(run(destination), run(tiny_chain(width=512)))
+
+
+def test_external_files_are_all_that_a_model_names(beside):
+    onnx.save(proto(weight=external("sub/w.data")), beside / "m.onnx")
+    assert modelio.external_files(read(beside / "m.onnx")) == {(beside / "sub" / "w.data").resolve()}
+    onnx.save(proto(), beside / "n.onnx")
+    assert modelio.external_files(read(beside / "n.onnx")) == set()
+
+
 @pytest.mark.parametrize("spilled", [False, True])
 @pytest.mark.parametrize("as_external", [False, True])
 def test_staging_does_not_change_the_model(tiny_chain, destination, monkeypatch, as_external, spilled):
@@ -530,6 +567,29 @@ def test_when_moving_fails_the_old_files_stand(tiny_chain, destination, monkeypa
         assert files(destination.parent) == before
     moved = ["out.onnx.data", "out.onnx"] if as_external else ["out.onnx"]
     assert failures == len(moved) + len(set(moved) & set(existing))
+
+
+@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, ZeroDivisionError])
+def test_any_exception_while_moving_leaves_the_old_files(tiny_chain, destination, monkeypatch, fail_at, kind):
+    for name in ("out.onnx", "out.onnx.data"):
+        (destination.parent / name).write_text("old " + name)
+    before, replace, count = files(destination.parent), Path.replace, 0
+
+    def failing(self, target):
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise kind
+        return replace(self, target)
+
+    with Workspace(destination) as workspace:
+        staged = stage(tiny_chain(width=512), destination, workspace, True)
+        monkeypatch.setattr(Path, "replace", failing)
+        with pytest.raises(kind):
+            staged.commit()
+        monkeypatch.setattr(Path, "replace", replace)
+    assert files(destination.parent) == before
 
 
 def test_a_folder_in_the_way(tiny_chain, destination):

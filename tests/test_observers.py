@@ -174,7 +174,9 @@ def test_memory_does_not_grow_with_the_data(name):
 
     rng = np.random.default_rng(0)
     data = rng.standard_normal(1 << 18).astype(np.float32)
-    few, many = held(observed(name, data)), held(observed(name, *(data * s for s in rng.permutation([1.0, -1.0] * 8))))
+    # Both signs in both, so that the same bins are occupied.
+    few = held(observed(name, data, -data))
+    many = held(observed(name, *(data * s for s in rng.permutation([1.0, -1.0] * 8))))
     assert many[0] <= 2 * few[0] + 64
     assert many[1] <= 2 * few[1]
 
@@ -500,6 +502,23 @@ def test_channel_means_are_means(samples):
     expected = np.mean([sample.astype(np.float64).mean(0) for sample in samples], axis=0)
     largest = max(float(np.abs(sample).max()) for sample in samples)
     np.testing.assert_allclose(mean_of(samples).mean, expected, rtol=1e-7, atol=1e-7 * largest)
+
+
+@given(
+    array=arrays.arrays(np.float32, st.tuples(st.integers(1, 9), st.just(3), st.integers(1, 4)), elements=MEANINGFUL),
+    axis=st.sampled_from([1, 2, -1, -2]),
+    cuts=st.lists(st.integers(0, 9), max_size=4),
+)
+def test_channel_means_do_not_depend_on_the_split_into_batches(array, axis, cuts):
+    whole = mean_of([array], axis)
+    assert frozen(mean_of(np.split(array, sorted(min(c, len(array)) for c in cuts)), axis)) == frozen(whole)
+    assert frozen(mean_of([row[None] for row in array], axis)) == frozen(whole)
+
+
+def test_every_sample_counts_alike():
+    # Sequences of one and of nine positions: a mean of means, not of positions.
+    short, long = np.full((1, 1, 2), 1, np.float32), np.full((1, 9, 2), 3, np.float32)
+    np.testing.assert_array_equal(mean_of([short, long], -1).mean, [2, 2])
 
 
 def test_channel_means_over_any_axis_and_of_nothing():

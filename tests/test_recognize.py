@@ -1,6 +1,7 @@
 """Recognize: GELU, SiLU and layer normalization in primitives become one operator; lookalikes do not."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from qgraph.passes import Canonicalize, Recognize
 
@@ -69,13 +70,20 @@ def test_one_plus_erf_in_the_other_order(model_kit, recognized):
         {"start": "s = Mul (x, root)", "root": ROOT},
         {"one": 1.1},
         {"half": 0.4},
-        {"opset": 19},
     ],
     ids=str,
 )
-def test_gelu_with_other_constants_or_an_old_opset_stays(model_kit, recognized, change):
+def test_gelu_with_other_constants_stays(model_kit, recognized, change):
     model = gelu(model_kit, ORDERS["(x cdf) half"], **change)
     assert "Erf" in model_kit.ops(recognized(model))
+
+
+@pytest.mark.parametrize("opset, domain", [(17, "com.microsoft"), (19, "com.microsoft"), (20, ""), (21, "")])
+@pytest.mark.parametrize("tail", ORDERS.values(), ids=ORDERS)
+def test_gelu_is_the_runtimes_own_before_opset_20(model_kit, recognized, tail, opset, domain):
+    after = recognized(gelu(model_kit, tail, opset=opset))
+    assert [(node.domain, node.op_type) for node in after.graph] == [(domain, "Gelu")]
+    assert ("com.microsoft" in after.graph.opset_imports) == bool(domain)
 
 
 def test_gelu_of_two_different_values_stays(model_kit, recognized):
@@ -205,6 +213,34 @@ def test_layer_norm(model_kit, recognized, form, axis):
     after = recognized(layer_norm(model_kit, form, axis))
     assert model_kit.ops(after) == ["LayerNormalization"]
     assert after.graph[0].attributes["epsilon"].as_float() == pytest.approx(1e-5)
+
+
+def old_layer_norm(kit, axes="[-1]", opset=17, **more):
+    """Before opset 18 the axes of ReduceMean are an attribute."""
+    model = layer_norm(kit, opset=opset, **more)
+    for node in model.graph:
+        if node.op_type == "ReduceMean":
+            node.resize_inputs(1)
+            node.attributes.add(ir.AttrInt64s("axes", axes))
+    for name in ("axes", "axes2"):
+        del model.graph.initializers[name]
+    return model
+
+
+@pytest.mark.parametrize("form", NORMS)
+@pytest.mark.parametrize("axes, found", [([-1], True), ([2], True), ([1], False), ([1, 2], False)])
+def test_layer_norm_at_opset_17(model_kit, recognized, form, axes, found):
+    model = old_layer_norm(model_kit, axes, form=form, **({} if found else {"shape": (1,)}))
+    after = recognized(model)
+    assert (model_kit.ops(after) == ["LayerNormalization"]) == found
+
+
+def test_layer_norm_before_opset_17_stays(model_kit, recognized):
+    assert "LayerNormalization" not in model_kit.ops(recognized(old_layer_norm(model_kit, [-1], opset=13)))
+
+
+def test_layer_norm_at_opset_18(model_kit, recognized):
+    assert model_kit.ops(recognized(layer_norm(model_kit, opset=18))) == ["LayerNormalization"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ _RULES = {
 }
 """Rules by the operator without which they cannot match."""
 
+# One after the other: a rule does not see what another has made in the same sweep.
+_STAGES = (("Dropout", "Pad"), ("BatchNormalization",), ("Relu", "Clip", "Transpose"))
 _LAYERS = ("Conv", "ConvTranspose", "Gemm")
 
 
@@ -44,24 +46,30 @@ class FuseLayers(ir.passes.InPlacePass):
         if any(node.op_type in ("Relu", "Clip") and not _typed(node) for node in model.graph.all_nodes()):
             # The rules for chains read the type of every value without asking whether it is known.
             present -= {"Relu", "Clip"}
-        chosen = [rule for op_type, group in _RULES.items() if op_type in present for rule in group]
-        if not chosen:
-            return ir.passes.PassResult(model, False)
         before = len(model.graph)
-        layers = {name: node for node in model.graph if (name := _weight_name(node)) is not None}
-        neighbours = {name: _neighbours(node) for name, node in layers.items()}
-        rewriter.RewritePass(rewriter.RewriteRuleSet(chosen))(model)
-        for node in model.graph:
-            # A fused layer is still the layer that it was: its name is how users know it.
-            name = _weight_name(node)
-            if name is not None and name in layers and layers[name] is not node:
-                node.name = layers[name].name
-                node.metadata_props.update(layers[name].metadata_props)
-                graph.merge_origins(node, *(n for n in neighbours[name] if n.graph is None))
+        for stage in _STAGES:
+            chosen = [rule for op_type in stage if op_type in present for rule in _RULES[op_type]]
+            if chosen:
+                _apply(model, chosen)
         # The rules leave the old weights behind.
         common.RemoveUnusedNodesPass()(model)
         common.NameFixPass()(model)
         return ir.passes.PassResult(model, len(model.graph) != before)
+
+
+def _apply(model: ir.Model, chosen: list[rewriter.RewriteRule]) -> None:
+    """Rewrite, and let each layer keep its name and the memory of what went into it."""
+    layers = {name: node for node in model.graph if (name := _weight_name(node)) is not None}
+    neighbours = {name: _neighbours(node) for name, node in layers.items()}
+    rewriter.RewritePass(rewriter.RewriteRuleSet(chosen))(model)
+    for node in model.graph:
+        name = _weight_name(node)
+        if name is not None and name in layers and layers[name] is not node:
+            old = layers[name]
+            node.name = old.name
+            node.metadata_props.update(old.metadata_props)
+            node.meta[graph.ORIGINS] = old.meta.get(graph.ORIGINS, ())
+            graph.merge_origins(node, *(n for n in neighbours[name] if n.graph is None))
 
 
 def _typed(node: ir.Node) -> bool:

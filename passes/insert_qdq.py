@@ -17,7 +17,7 @@ from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 
 from qgraph import graph
 from qgraph.qparams import QParams, bias_scale, quantize
-from qgraph.targets import KERNEL, QPARAMS, REASON, Kernel, Output, Target
+from qgraph.targets import ABSORBED, KERNEL, QPARAMS, REASON, Kernel, Output, Target
 
 __all__ = ["InsertQDQ"]
 
@@ -130,7 +130,7 @@ class _Writer:
     def _without_activation(self, value: ir.Value, params: QParams, allowed: bool) -> ir.Value:
         """What to quantize instead of `value`: the input of its Relu or Clip if the codes clip just so."""
         maker = value.producer()
-        if not allowed or maker is None or not graph.is_standard(maker, "Relu", "Clip"):
+        if not allowed or maker is None or ABSORBED not in maker.meta:
             return value
         before = maker.inputs[0]
         if before is None or len(before.consumers()) != 1 or before.is_graph_output():
@@ -162,19 +162,24 @@ class _Writer:
 
     def shield(self, node: ir.Node) -> None:
         """Keep a float node between integers from being fused into a kernel that nobody chose."""
-        read = [value.producer() for value in node.inputs if value is not None and not value.is_initializer()]
+        floats = [v for v in node.inputs if v is not None and not v.is_initializer() and graph.is_float(v)]
+        read = [value.producer() for value in floats]
         if not read or any(maker is None or maker.op_type != "DequantizeLinear" for maker in read):
             return
         value = node.outputs[0]
+        users = value.consumers()
+        if len(users) == 1 and graph.is_standard(users[0], "Relu", "Clip"):
+            # The runtime may drop it for the range of the codes, and then see the two face to face.
+            value = users[0].outputs[0]
         # A product of two activations is fused by its inputs alone; all else needs a QuantizeLinear behind it.
         if node.op_type == "MatMul":
             source = node.inputs[0]
             if source is not None:
                 node.replace_input_with(0, self._sum(source, node))
         elif any(user.op_type == "QuantizeLinear" for user in value.consumers()):
-            users = [use for use in value.uses() if use.node.op_type == "QuantizeLinear"]
-            summed = self._sum(value, users[0].node)
-            for user, position in users:
+            uses = [use for use in value.uses() if use.node.op_type == "QuantizeLinear"]
+            summed = self._sum(value, uses[0].node)
+            for user, position in uses:
                 user.replace_input_with(position, summed)
 
     def _sum(self, value: ir.Value, before: ir.Node) -> ir.Value:

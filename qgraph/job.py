@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qgraph import audit, bench, compare, data, modelio, registry, session
 from qgraph.compare import Runnable
 from qgraph.data import Dataset, DataSource
-from qgraph.errors import AccuracyError, AuditError, ModelError, NothingQuantizedError, SlowerError, first_line
+from qgraph.errors import AccuracyError, AuditError, ModelError, NothingQuantizedError, SlowerError
 from qgraph.options import Options
 from qgraph.pipeline import Context
 from qgraph.report import Fidelity, NodeReport, Report, Speed
@@ -261,7 +261,7 @@ def _copy(model: ir.Model) -> ir.Model:
         return model.clone()
     except Exception as error:
         raise ModelError(
-            f"The model cannot be copied: {first_line(error)} Are its nodes sorted (TopologicalSortPass)?"
+            "The model cannot be copied. Its nodes may be out of order: run onnx_ir's TopologicalSortPass first."
         ) from error
 
 

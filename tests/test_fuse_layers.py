@@ -271,7 +271,6 @@ def test_what_was_merged_is_remembered(model_kit, fused, norm):
     assert ("/net/y", BN) in conv.meta[ORIGINS]
 
 
-@pytest.mark.xfail(strict=True, reason="the rule for Pad makes a new Conv, behind which BatchNormalization is not seen")
 def test_pad_conv_and_norm_become_one(model_kit, fused, norm):
     model = model_kit.text(
         f"""g (float[1, 3, 8, 8] x) => (float[1, 4, 8, 8] y) {{

@@ -275,18 +275,7 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("followed", [False, True], ids=["", "Relu"])
-@pytest.mark.parametrize(
-    "operator",
-    [
-        pytest.param(
-            one,
-            marks=pytest.mark.xfail(strict=True, reason="its condition is no DequantizeLinear")
-            if one == "Where"
-            else (),
-        )
-        for one in GREEDY
-    ],
-)
+@pytest.mark.parametrize("operator", GREEDY)
 def test_float_nodes_between_integers_are_shielded(model_kit, quantized, operator, followed):
     n = model_kit.normal
     model = model_kit.text(

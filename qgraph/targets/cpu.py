@@ -39,12 +39,16 @@ class Cpu(Target):
     min_opset = 17
     # 485 us against 82 us for Sum and LayerNormalization of [1, 128, 768], one thread (tools/measure_kernels.py).
     slow_fusions = frozenset({"SkipLayerNormalization"})
-    # Left to it, the runtime would run a 20 times slower AveragePool, and a Softmax whose codes wrap round.
+    # Left to it, the runtime would run a 20 times slower AveragePool, a Softmax whose codes wrap round, and quantize
+    # the weights of float layers by itself.
     greedy_fusions = frozenset(
         {
             "Add",
             "AveragePool",
             "Concat",
+            "Conv",
+            "ConvTranspose",
+            "Gemm",
             "GlobalAveragePool",
             "LeakyRelu",
             "MatMul",

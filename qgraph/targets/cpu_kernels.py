@@ -147,11 +147,11 @@ def _binary(kernel: str, float_ns: float, integer_ns: float) -> _Entry:
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         for value in node.inputs:
+            if graph.has_constant(value):
+                return Refusal("one side is a constant; the integer kernel was measured on two activations only")
             refusal = _float_activation(value)
             if refusal is not None:
                 return refusal
-            if graph.has_constant(value) or (value is not None and value.is_initializer()):
-                return Refusal("one side is a constant; the integer kernel was measured on two activations only")
         cost = costs.elementwise(node.outputs[0], float_ns, integer_ns)
         spec = scheme.activation
         return Kernel(

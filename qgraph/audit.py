@@ -61,6 +61,15 @@ class Audit:
         """Whether every planned kernel appeared."""
         return not self.problems and not self.unfused
 
+    @property
+    def summary(self) -> str:
+        """What is wrong, in a sentence for each of the first five nodes."""
+        lines = [f"{name}: {what}" for name, what in self.problems.items()]
+        for constant, readers in self.unfused.items():
+            lines.append(f"constant {constant} is dequantized at every run, for {', '.join(readers)}")
+        more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+        return "The model does not run in the planned kernels. " + "; ".join(lines[:5]) + more
+
 
 def original_name(name: str) -> str:
     """The name of a node of the runtime's graph without the marks that the runtime appends."""

@@ -17,6 +17,7 @@ from qgraph import inspection, modelio, observers, registry, terminal
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
 from qgraph.errors import OptionError, QGraphError
+from qgraph.options import refuse_overwriting
 
 __all__ = ["main"]
 
@@ -84,7 +85,11 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     help="What the observed values of one calibration run may take.",
 )
 @click.option("--save-ranges", type=_MODEL, callback=_new_file, help="Save the observed statistics here.")
-@click.option("--ranges", type=_MODEL, help="Use saved statistics of this model instead of observing --data.")
+@click.option(
+    "--ranges",
+    type=_MODEL,
+    help="Use saved statistics of this model instead of observing --data (which is still compared on).",
+)
 @click.option(
     "--bench-seconds",
     default=4.0,
@@ -92,7 +97,7 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     type=click.FloatRange(0),
     help="Time to measure speed, for each number of threads; 0 to skip.",
 )
-@click.option("--force", is_flag=True, help="Write the result even if it is slower than the model.")
+@click.option("--force", is_flag=True, help="Write the result even if it is slower than the model, or mostly noise.")
 @click.option(
     "--report",
     "report_path",
@@ -104,6 +109,10 @@ def optimize(model: Path, output: Path, data: str | None, evaluation: str | None
              keep_float: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Quantize MODEL, prove the result on the runtime, and write it to OUTPUT."""
     console = Console()
+    refuse_overwriting(
+        {"output": output, "report": report_path, "file of saved ranges": options["save_ranges"]},
+        {"input": model, "calibration data": data, "evaluation data": evaluation, "file of ranges": options["ranges"]},
+    )
     with terminal.progress(console) as progress:
         result = qgraph.optimize(
             model,

@@ -12,7 +12,7 @@ from qgraph import modelio
 from qgraph.data import DataSource
 from qgraph.errors import OptionError, unknown
 from qgraph.job import Job, Progress
-from qgraph.options import Options
+from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
 
 __all__ = ["Options", "Result", "optimize"]
@@ -63,11 +63,13 @@ def optimize(
     fields = [field.name for field in dataclasses.fields(Options)]
     for name in changes:
         if name not in fields:
-            raise unknown("option", name, fields)
+            raise unknown("option", name, [*fields, "data", "evaluation", "options", "progress"])
     options = dataclasses.replace(options or Options(), **changes)
     output = Path(output) if output is not None else None
-    if output is not None and isinstance(model, (str, Path)) and output.resolve() == Path(model).resolve():
-        raise OptionError("The output would replace the input; name another file.")
+    refuse_overwriting(
+        {"output": output, "file of saved ranges": options.save_ranges},
+        {"input": model, "calibration data": data, "evaluation data": evaluation, "file of ranges": options.ranges},
+    )
     workspace = modelio.Workspace(output)
     try:
         job = Job(model, output, options, workspace, progress or _silent)

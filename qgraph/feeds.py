@@ -100,7 +100,8 @@ def checked(batch: Batch, inputs: list[InputSpec]) -> Batch:
             if not fits:
                 wanted = "x".join("?" if d is None else str(d) for d in spec.shape) or "a scalar"
                 got = "x".join(map(str, array.shape)) or "a scalar"
-                raise DataError(f"{where} has shape {got}, but the model takes {wanted}.")
+                hint = " Files hold samples along axis 0." if len(array.shape) == len(spec.shape) - 1 else ""
+                raise DataError(f"{where} has shape {got}, but the model takes {wanted}.{hint}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = "NaN" if np.isnan(array).any() else "infinite"
             raise DataError(f"{where} holds {bad} values: ranges would be meaningless. Clean the data.")

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from qgraph import audit, bench, compare, data, modelio, registry, session
 from qgraph.compare import Runnable
 from qgraph.data import Dataset, DataSource
-from qgraph.errors import AccuracyError, AuditError, ModelError, NothingQuantizedError, SlowerError
+from qgraph.errors import AccuracyError, AuditError, ModelError, NothingQuantizedError, OptionError, SlowerError
 from qgraph.options import Options
 from qgraph.pipeline import Context
 from qgraph.report import Fidelity, NodeReport, Report, Speed
@@ -73,6 +74,10 @@ class Job:
         start = time.perf_counter()
         calibrate, held, apart = self._data(source, evaluation)
         feeds = held.first().feeds
+        if self.options.bench_seconds > 0 and self.options.target != "cpu":
+            here = registry.target("cpu").name
+            if here != self.target.name:
+                self.report.notes.append(f"Times are this machine's, which is {here}, not those of {self.target.name}.")
         staged = self._best(calibrate, feeds)
         self._compare(staged, held, apart)
         self._footprints(staged, feeds)
@@ -115,7 +120,7 @@ class Job:
                 return staged, model
             refused = _not_chosen(model, found)
             if attempt + 1 == _ROUNDS or not refused.keys() - self.refused.keys():
-                raise AuditError(_audit_message(found))
+                raise AuditError(found.summary)
             self.refused.update(refused)
         raise AssertionError("unreachable")
 
@@ -256,7 +261,11 @@ def _comparable(decibels: float) -> float:
     return float("inf") if decibels == float("-inf") else decibels
 
 
-def _copy(model: ir.Model) -> ir.Model:
+def _copy(model: Any) -> ir.Model:
+    if not isinstance(model, ir.Model):
+        raise OptionError(
+            f"The model is a {type(model).__name__}; give a path or an onnx_ir.Model (onnx_ir.from_proto makes one)."
+        )
     try:
         return model.clone()
     except Exception as error:
@@ -283,16 +292,3 @@ def _not_chosen(model: ir.Model, found: audit.Audit) -> dict[str, str]:
 def _reads(node: ir.Node, constant: str) -> bool:
     makers = [value.producer() for value in node.inputs if value is not None]
     return any(m is not None and m.inputs and m.inputs[0] is not None and m.inputs[0].name == constant for m in makers)
-
-
-def _audit_message(found: audit.Audit) -> str:
-    lines = [f"{name}: {what}" for name, what in found.problems.items()]
-    lines += [
-        f"constant {name} is dequantized at every run, for {', '.join(readers)}"
-        for name, readers in found.unfused.items()
-    ]
-    return (
-        "The model does not run in the planned kernels. "
-        + "; ".join(lines[:5])
-        + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
-    )

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from qgraph import calibration
 from qgraph.errors import OptionError, unknown
 from qgraph.observers import OBSERVERS
 
-__all__ = ["Options"]
+__all__ = ["Options", "refuse_overwriting"]
+
+
+def refuse_overwriting(writes: Mapping[str, str | Path | None], reads: Mapping[str, object]) -> None:
+    """Check that no file is written over one that is read, or over another one that is written.
+
+    Args:
+        writes: what is written -> its path.
+        reads: what is read -> its path; whatever is no path is passed over.
+
+    Raises:
+        OptionError: names both.
+    """
+    taken = {Path(path).resolve(): what for what, path in reads.items() if isinstance(path, (str, Path))}
+    for what, path in writes.items():
+        if path is None:
+            continue
+        if Path(path).resolve() in taken:
+            raise OptionError(f"The {what} would replace the {taken[Path(path).resolve()]}; name another file.")
+        taken[Path(path).resolve()] = what
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,8 +164,9 @@ class Report:
         plain: dict[str, Any] = _finite(dataclasses.asdict(self))
         return plain
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write as JSON, beside and moved into place."""
+        path = Path(path)
         temporary = path.with_name(f".{path.name}.part")
         try:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")

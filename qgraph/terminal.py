@@ -72,7 +72,8 @@ def show_report(console: Console, report: Report) -> None:
         table.add_row("load", _milliseconds(report.before.load_seconds), _milliseconds(report.after.load_seconds), "")
     for speed in report.speed:
         table.add_row(*_speed_row(speed))
-    console.print(table)
+    if table.row_count > 1:
+        console.print(table)
     if report.fidelity is not None:
         console.print()
         show_fidelity(console, report.fidelity)
@@ -83,7 +84,9 @@ def show_report(console: Console, report: Report) -> None:
 
 
 def _speed_row(speed: Speed) -> tuple[RenderableType, ...]:
-    spread = f"  {speed.ratio_low:.2f} to {speed.ratio_high:.2f} in {speed.blocks} pairs of blocks"
+    spread = f"  {speed.ratio_low:.2f} to {speed.ratio_high:.2f} in {speed.blocks} measurements"
+    if speed.ratio_low < 1 < speed.ratio_high:
+        spread += ", within noise of 1x"
     return (
         f"{speed.threads} thread{'s' * (speed.threads > 1)}",
         _milliseconds(speed.before.median),
@@ -113,7 +116,10 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
     for name, what in fidelity.skipped.items():
         console.print(Text(f"not compared: {name}, which has {what}", style="yellow"))
     apart = "" if fidelity.held_back else ", which calibration has seen"
-    console.print(f"on {fidelity.samples} runs{apart}", style="dim")
+    console.print(
+        f"on {fidelity.samples} runs{apart}; SQNR: signal over error, 20 dB is an error of 10 %, 40 dB of 1 %",
+        style="dim",
+    )
     if fidelity.layers:
         worst = sorted(fidelity.layers, key=lambda layer: layer.sqnr)[:3]
         listing = ", ".join(f"{layer.value} ({layer.op_type}, {_decibels(layer.sqnr)})" for layer in worst)

@@ -300,3 +300,20 @@ def test_unwritable_folder(work):
         assert found.exit_code == 1 and "Cannot write" in found.output
     else:
         pytest.skip("this user may write everywhere")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("data.npz", "--data", "data.npz"), "output would replace the calibration data"),
+        (("out.onnx", "--data", "data.npz", "--report", "m.onnx"), "report would replace the input"),
+        (("out.onnx", "--data", "data.npz", "--report", "out.onnx"), "report would replace the output"),
+        (("out.onnx", "--data", "data.npz", "--save-ranges", "data.npz"), "ranges would replace the calibration data"),
+    ],
+)
+def test_nothing_that_is_read_or_written_is_overwritten(work, arguments, words):
+    before = (work / "data.npz").read_bytes(), (work / "m.onnx").read_bytes()
+    found = run("optimize", "m.onnx", *arguments, "--bench-seconds", 0)
+    assert found.exit_code == 1
+    assert words in " ".join(found.output.split())
+    assert before == ((work / "data.npz").read_bytes(), (work / "m.onnx").read_bytes())

@@ -5,6 +5,14 @@ import onnx_ir as ir
 import pytest
 from qgraph.passes import Canonicalize, Recognize
 
+from qgraph.session import runtime_version
+
+# Up to 1.23 the runtime's own fusion makes a LayerNormalization with a scale of one number, and then refuses it.
+OLD_FUSION = pytest.mark.skipif(
+    tuple(int(part) for part in runtime_version().split(".")[:2]) < (1, 24),
+    reason="onnxruntime before 1.24 cannot run the original",
+)
+
 
 @pytest.fixture
 def recognized(model_kit):
@@ -251,7 +259,7 @@ def test_layer_norm_at_opset_18(model_kit, recognized):
         {"two": np.array(4, np.float32)},
         {"eps": np.full(8, 1e-5, np.float32)},
         {"shape": (3, 8)},
-        {"shape": (1,)},
+        pytest.param({"shape": (1,)}, marks=OLD_FUSION),
     ],
     ids=str,
 )
@@ -270,6 +278,7 @@ def test_layer_norm_whose_middle_is_an_output_stays(model_kit, recognized, middl
     assert "LayerNormalization" not in model_kit.ops(after)
 
 
+@OLD_FUSION
 def test_layer_norm_on_dynamic_width(model_kit, recognized):
     model = layer_norm(model_kit, shape=(1,))
     model.graph.inputs[0].shape = type(model.graph.inputs[0].shape)([2, 3, "width"])

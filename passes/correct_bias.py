@@ -71,7 +71,7 @@ def _is_row(node: ir.Node, kernel: Kernel, value: ir.Value | None) -> bool:
     if node.op_type == "Conv":
         channels, axis = weights[0], len(weights) - 1
     else:
-        channels, axis = weights[0 if graph.attribute_int(node, "transB", 0) else -1], 1
+        channels, axis = weights[0 if node.attributes.get_int("transB", 0) else -1], 1
     return math.prod(shape) == channels and len(shape) >= axis and shape[-axis] == channels
 
 
@@ -81,13 +81,13 @@ def _shift(node: ir.Node, weight: ir.Value, params: QParams, mean: NDArray[np.fl
     assert array is not None
     if node.op_type == "Conv":
         taps = _taps(node, array.shape)
-        groups = graph.attribute_int(node, "group", 1)
+        groups = node.attributes.get_int("group", 1)
         error = (fake_quantize(array, params) - array).reshape(*array.shape[:2], -1) @ taps
         wide = mean.reshape(groups, -1)
         shift = np.einsum("goc,gc->go", error.reshape(groups, -1, array.shape[1]), wide).reshape(-1)
     else:
         error = fake_quantize(array, params) - array
-        shift = error @ mean if graph.attribute_int(node, "transB", 0) else mean @ error
+        shift = error @ mean if node.attributes.get_int("transB", 0) else mean @ error
     del array
     graph.release(weight)
     return np.asarray(shift, np.float64) if np.isfinite(shift).all() else None
@@ -98,12 +98,12 @@ def _taps(node: ir.Node, shape: tuple[int, ...]) -> NDArray[np.float64]:
     kernel = shape[2:]
     rank = len(kernel)
     image, result = graph.run_shape(node.inputs[0]), graph.run_shape(node.outputs[0])
-    pads = graph.attribute_ints(node, "pads", [0] * (2 * rank))
+    pads = node.attributes.get_ints("pads", [0] * (2 * rank))
     auto = node.attributes.get("auto_pad")
     if image is None or result is None or (auto is not None and auto.as_string() not in ("NOTSET", "VALID")):
         return np.ones(int(np.prod(kernel)))
-    strides = graph.attribute_ints(node, "strides", [1] * rank)
-    dilations = graph.attribute_ints(node, "dilations", [1] * rank)
+    strides = node.attributes.get_ints("strides", [1] * rank)
+    dilations = node.attributes.get_ints("dilations", [1] * rank)
     shares = np.ones(1)
     for axis in range(rank):
         starts = np.arange(result[2 + axis]) * strides[axis] - pads[axis]

@@ -122,7 +122,7 @@ class _Writer:
         if maker is None:
             return False
         kernel: Kernel | None = maker.meta.get(KERNEL)
-        if kernel is None and maker.op_type in ("Relu", "Clip") and maker.inputs[0] is not None:
+        if ABSORBED in maker.meta and maker.inputs[0] is not None:
             before = maker.inputs[0].producer()
             kernel = before.meta.get(KERNEL) if before is not None else None
         return kernel is not None and kernel.output is Output.QUANTIZED

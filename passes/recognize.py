@@ -34,7 +34,7 @@ def _axes(node: ir.Node | None) -> list[int] | None:
     if len(node.inputs) > 1:
         array = graph.constant(node.inputs[1])
         return None if array is None else [int(axis) for axis in array.reshape(-1)]
-    return graph.attribute_ints(node, "axes", [])
+    return list(node.attributes.get_ints("axes", []))
 
 
 class _Gelu(RewriteRuleClassBase):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,6 @@ __all__ = [
     "RUN_SHAPE",
     "add_initializer",
     "all_graphs",
-    "attribute_int",
-    "attribute_ints",
     "channel_axis",
     "clip_bounds",
     "constant",
@@ -110,18 +108,6 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     """`graph` and every graph inside the attributes of its nodes."""
     yield graph
     yield from graph.subgraphs()
-
-
-def attribute_int(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
-
-
-def attribute_ints(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
-    """An attribute of integers."""
-    found = node.attributes.get(name)
-    return list(default) if found is None else list(found.as_ints())
 
 
 def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:

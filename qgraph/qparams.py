@@ -47,14 +47,6 @@ class QParams:
         high = (self.format.highest - self.zero_point) * self.scale
         return float(np.min(low)), float(np.max(high))
 
-    def same_as(self, other: QParams) -> bool:
-        """Whether both express the same values with the same codes."""
-        return (
-            (self.format, self.axis, self.block) == (other.format, other.axis, other.block)
-            and np.array_equal(self.scale, other.scale)
-            and np.array_equal(self.zero_point, other.zero_point)
-        )
-
 
 def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
     """Parameters that cover [low, high], extended to hold 0 exactly.

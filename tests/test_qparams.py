@@ -120,15 +120,6 @@ def test_granularity_is_kept():
     assert (params.scale.shape, params.axis, params.block) == ((2, 3), 1, 16)
 
 
-def test_same_as():
-    base = from_range(-1.0, 2.0, QuantSpec(UINT8))
-    assert base.same_as(from_range(-1.0, 2.0, QuantSpec(UINT8, PerTensor())))
-    assert not base.same_as(from_range(-1.0, 2.5, QuantSpec(UINT8)))
-    assert not base.same_as(from_range(-1.0, 2.0, QuantSpec(INT8)))
-    assert not base.same_as(QParams(base.scale, base.zero_point + 1, UINT8))
-    assert not base.same_as(QParams(base.scale, base.zero_point, UINT8, axis=0))
-
-
 # -- quantize and dequantize -------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     shape = graph.run_shape(weight) or ()
     if len(shape) not in (3, 4):
         return Refusal(f"integer convolution is not known to pay in {len(shape) - 2} dimensions")
-    cost = costs.conv(node.outputs[0], shape, graph.attribute_int(node, "group", 1))
+    cost = costs.conv(node.outputs[0], shape, node.attributes.get_int("group", 1))
     return Kernel(
         ("QLinearConv",),
         {0: scheme.activation},
@@ -117,9 +117,9 @@ def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     if refusal is not None or right is None or left is None:
         return refusal or Refusal("an input is missing")
     shape = graph.run_shape(right) or (0, 0)
-    transposed = bool(graph.attribute_int(node, "transB", 0))
+    transposed = bool(node.attributes.get_int("transB", 0))
     inner, columns = (shape[1], shape[0]) if transposed else shape
-    if graph.attribute_int(node, "transA", 0):
+    if node.attributes.get_int("transA", 0):
         return Refusal("the integer kernel does not transpose its activation (transA)")
     alpha, beta = node.attributes.get("alpha"), node.attributes.get("beta")
     if alpha is not None and alpha.as_float() != 1.0:

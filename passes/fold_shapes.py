@@ -1,0 +1,208 @@
+"""Reshape(x, a shape computed at run time) -> Reshape(x, [0, 0, -1, 64]), wherever the runs cannot differ.
+
+Exporters compute the shapes of every layer anew from Shape nodes. What only depends on ranks and static dimensions is
+the same in every run; a Reshape copies the dimensions that it keeps and infers one. The arithmetic then has no reader.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import optimizer
+
+from qgraph import graph
+
+__all__ = ["FoldShapes"]
+
+_ROUNDS = 3
+"""What one round finds out about shapes, the next may fold; exports of torch need two."""
+_SMALL = 64
+_UNKNOWN = "unk__"
+"""How onnx's inference begins the names of dimensions that it does not know."""
+_DIMENSIONS = ("Shape", "Size")
+_MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
+
+
+class FoldShapes(ir.passes.InPlacePass):
+    """Shape arithmetic becomes constants, with shape inference in between.
+
+    Refused: a Reshape of which two dimensions or more are neither static nor those of its input at the same place, and
+    one to a dimension that may be zero. Two symbolic dimensions are the same where they bear the same name.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        before = len(model.graph)
+        changed = False
+        if any(graph.is_standard(node, "Reshape", "Expand") for node in model.graph):
+            # Passes since the last inference may have made new shapes known.
+            _fold(model)
+            _infer(model)
+        for _ in range(_ROUNDS):
+            names = graph.value_names(model.graph)
+            found = [_rewrite(model.graph, node, names) for node in list(model.graph)]
+            if not any(found):
+                break
+            changed = True
+            common.RemoveUnusedNodesPass()(model)
+            _fold(model)
+            _infer(model)
+        return ir.passes.PassResult(model, changed or len(model.graph) != before)
+
+
+def _rewrite(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
+    if graph.is_standard(node, "Reshape"):
+        return _settle(main, node, names)
+    if graph.is_standard(node, "Gather", "Slice"):
+        return _known_dimension(main, node, names)
+    return graph.is_standard(node, "Where") and _skip_choice(node)
+
+
+def _known_dimension(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
+    """Gather or Slice of Shape(x) -> numbers, where x has them; the library's folder does lists of indices only."""
+    shape, out = graph.producer(node.inputs[0], "Shape"), node.outputs[0]
+    x = shape.inputs[0] if shape is not None else None
+    if shape is None or x is None or x.shape is None or out.is_graph_output():
+        return False
+    dims = list(x.shape)[shape.attributes.get_int("start", 0) : shape.attributes.get_int("end", len(x.shape))]
+    numbers = [graph.constant(v) for v in node.inputs[1:] if v is not None]
+    arrays = [array for array in numbers if array is not None]
+    if len(arrays) < max(1, len(numbers)):
+        return False
+    if node.op_type == "Gather":
+        if any(not -len(dims) <= index < len(dims) for index in arrays[0].reshape(-1)):
+            return False
+        chosen, form = [dims[index] for index in arrays[0].reshape(-1)], arrays[0].shape
+    else:
+        start, end, step = int(arrays[0][0]), int(arrays[1][0]), int(arrays[3][0]) if len(arrays) > 3 else 1
+        if step != 1:
+            return False
+        chosen = dims[start:end]
+        form = (len(chosen),)
+    known = [dim for dim in chosen if isinstance(dim, int)]
+    if len(known) < len(chosen):
+        return False
+    constant = ir.tensor(np.array(known, np.int64).reshape(form))
+    name = graph.fresh_name(f"{out.name}_constant", names)
+    ir.convenience.replace_all_uses_with(out, graph.add_initializer(main, constant, name))
+    return True
+
+
+def _settle(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
+    """Give a Reshape a constant shape; tell whether that or a better shape of its output was found."""
+    x, out = node.inputs[0], node.outputs[0]
+    if x is None or x.shape is None or out.shape is None or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    better = _missing_dimension(x.shape, out.shape)
+    if better is not None:
+        out.shape = better
+    if len(x.shape) == len(out.shape) == 1 and not out.is_graph_output():
+        ir.convenience.replace_all_uses_with(out, x)
+        return bool(x.uses())
+    if graph.has_constant(node.inputs[1]):
+        return better is not None
+    dims: list[int] = []
+    for position, dim in enumerate(out.shape):
+        if isinstance(dim, int):
+            dims.append(dim)
+        else:
+            same = position < len(x.shape) and dim.value is not None and dim == x.shape[position]
+            dims.append(0 if same else -1)
+    if dims.count(-1) > 1 or any(d == 0 for d in out.shape if isinstance(d, int)):
+        return better is not None
+    constant = ir.tensor(np.array(dims, np.int64))
+    name = graph.fresh_name(f"{node.inputs[1].name}_constant", names)
+    node.replace_input_with(1, graph.add_initializer(main, constant, name))
+    node.attributes.pop("allowzero", None)
+    return True
+
+
+def _missing_dimension(before: ir.Shape, after: ir.Shape) -> ir.Shape | None:
+    """The shape after a Reshape with its only unknown dimension, where a division of all elements gives it."""
+    if any(not isinstance(dim, int) and dim.value is None for dim in before):
+        return None
+    unnamed = [i for i, dim in enumerate(after) if not isinstance(dim, int) and dim not in list(before)]
+    if len(unnamed) != 1:
+        return None
+    left = Counter(str(dim) for dim in before if not isinstance(dim, int))
+    left.subtract(str(dim) for i, dim in enumerate(after) if not isinstance(dim, int) and i not in unnamed)
+    total = int(np.prod([dim for dim in before if isinstance(dim, int)], dtype=np.int64))
+    kept = int(np.prod([dim for dim in after if isinstance(dim, int)], dtype=np.int64))
+    if any(left.values()) or kept == 0 or total % kept:
+        return None
+    return ir.Shape([total // kept if i in unnamed else dim for i, dim in enumerate(after)])
+
+
+def _skip_choice(node: ir.Node) -> bool:
+    """Where(dims == -1, ones, dims) -> dims, where none can be -1: how torch's exporter writes a broadcast's shape."""
+    test = graph.producer(node.inputs[0], "Equal")
+    dims = node.inputs[2]
+    if test is None or dims is None or dims not in test.inputs or node.outputs[0].is_graph_output():
+        return False
+    other = test.inputs[1] if test.inputs[0] is dims else test.inputs[0]
+    number = graph.constant(other)
+    if number is None or number.size == 0 or not np.all(number == -1) or not _natural(dims):
+        return False
+    ir.convenience.replace_all_uses_with(node.outputs[0], dims)
+    return True
+
+
+def _natural(value: ir.Value | None) -> bool:
+    """Whether all numbers of `value` are dimensions of something, moved about at most, or constants from 0 on."""
+    pending, seen = [value], set[ir.Value]()
+    while pending:
+        one = pending.pop()
+        if one is None or len(seen) > _SMALL:
+            return False
+        if one in seen:
+            continue
+        seen.add(one)
+        array = graph.constant(one)
+        if array is not None:
+            if array.size > _SMALL or not np.all(array >= 0):
+                return False
+        elif graph.producer(one, *_DIMENSIONS) is None:
+            node = graph.producer(one, *_MOVES)
+            if node is None:
+                return False
+            pending.extend(node.inputs if node.op_type == "Concat" else node.inputs[:1])
+    return True
+
+
+def _fold(model: ir.Model) -> None:
+    """Fold what is small; weights were folded before."""
+    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_should_fold)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for node in list(model.graph):
+        source = node.inputs[0] if graph.is_standard(node, "Identity") else None
+        if source is not None and not node.outputs[0].is_graph_output():
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            model.graph.remove(node, safe=True)
+    common.RemoveUnusedNodesPass()(model)
+    common.NameFixPass()(model)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """The small constant shapes that the folder would leave alone; for the rest its own judgement."""
+    count = graph.element_count(node.outputs[0]) if graph.is_standard(node, "ConstantOfShape") else None
+    return None if count is None or count > _SMALL else True
+
+
+def _infer(model: ir.Model) -> None:
+    """Infer shapes; names that an earlier inference gave to what it did not know would else stay."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and any(str(dim).startswith(_UNKNOWN) for dim in value.shape):
+                dims = [None if str(dim).startswith(_UNKNOWN) else dim for dim in value.shape]
+                value.shape = ir.Shape(dims)
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        common.ShapeInferencePass(data_prop=True)(model)
+    finally:
+        logger.setLevel(level)

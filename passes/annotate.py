@@ -4,21 +4,22 @@ every other.
 Which nodes are worth it is one minimum cut: each node with an integer kernel is on the float or on the integer side,
 pays its time there, and every value that crosses pays for its quantization or dequantization. The cut of least total
 time is found exactly (Greig, Porteous and Seheult 1989, for energies of this kind), so a depthwise convolution, a pool
-or a Mul joins an island only if leaving it would cost more.
+or a Mul joins an island only if leaving it would cost more. Kernels with float inputs and outputs (dynamic ones,
+weight-only ones) stand on the float side of the cut, in place of the float operator where they cost less.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
 from qgraph import graph, islands
-from qgraph.errors import NothingQuantizedError, unknown
-from qgraph.spec import Scheme
-from qgraph.targets import ABSORBED, KERNEL, REASON, SPEC, Kernel, Output, Refusal, Target
+from qgraph.errors import NothingQuantizedError
+from qgraph.rules import FLOAT, Prices, Refusals, Rules, Times
+from qgraph.spec import Mixture, Scheme
+from qgraph.targets import ABSORBED, KERNEL, REASON, SPEC, Form, Kernel, Output, Target
 
 __all__ = ["FOLLOWS", "GROUP", "Annotate"]
 
@@ -38,54 +39,69 @@ class Annotate(ir.passes.InPlacePass):
 
     Args:
         target: knows the kernels and costs.
-        scheme: the number formats.
+        scheme: the number formats, or several to choose from node by node.
         keep_float: patterns of node names (shell style), or operators, of the nodes that the caller wants in float.
-        refused: node name -> reason, for nodes found not to run in their planned kernel.
-        measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
+        refused: (node, scheme) -> reason, for nodes found not to run in their planned kernel.
+        measured: (node, scheme) -> measured seconds (in float, in it), in place of the target's estimates.
+        choices: pattern -> scheme or "float", see `Rules`.
+        prices: (node, scheme) -> seconds that its loss of accuracy is worth, see `Rules`.
+        calibrated: whether there is data to fix ranges with.
     """
 
     def __init__(
         self,
         target: Target,
-        scheme: Scheme,
+        scheme: Scheme | Mixture,
         keep_float: Iterable[str] = (),
-        refused: Mapping[str, str] | None = None,
-        measured: Mapping[str, tuple[float, float]] | None = None,
+        refused: Refusals | None = None,
+        measured: Times | None = None,
+        choices: Mapping[str, str] | None = None,
+        prices: Prices | None = None,
+        calibrated: bool = True,
     ):
         super().__init__()
         self.target = target
         self.scheme = scheme
-        self.keep_float = tuple(keep_float)
-        self.refused = dict(refused or {})
-        self.measured = dict(measured or {})
+        self.rules = Rules(
+            target,
+            scheme,
+            {**(choices or {}), **dict.fromkeys(keep_float, FLOAT)},
+            refused,
+            measured,
+            prices,
+            calibrated,
+        )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
         main = model.graph
-        self._used: set[str] = set()
         kernels: dict[ir.Node, Kernel] = {}
+        resting: dict[ir.Node, Kernel] = {}
         for node in main:
-            found = self._find(node)
-            if isinstance(found, Kernel):
-                kernels[node] = found
-            else:
-                node.meta[REASON] = found.reason
+            found, reason = self.rules.kernels(node)
+            alone = [kernel for kernel in found.values() if kernel.form is not Form.QDQ]
+            best = min(alone, key=lambda kernel: kernel.integer_seconds, default=None)
+            if best is not None and best.integer_seconds < best.float_seconds:
+                resting[node] = best
+            static = next((kernel for kernel in found.values() if kernel.form is Form.QDQ), None)
+            if static is not None:
+                kernels[node] = self._joined(node, static, resting.get(node))
+            node.meta[REASON] = reason if not found else _worth(static or alone[0])
         for body in main.subgraphs():
             for node in body:
-                self._kept(node)
-                if not isinstance(self.target.kernel(node, self.scheme), Refusal):
+                if self.rules.kernels(node)[0]:
                     node.meta[REASON] = "inside a body of If, Loop or Scan, whose values cannot be observed"
-        self._check_patterns(main)
+        self.rules.check_used(main.all_nodes())
         results = {node: self._result(node, kernel) for node, kernel in kernels.items()}
         chosen, spared = self._choose(main, kernels, results)
-        for node, kernel in kernels.items():
-            if node in spared:
-                node.meta[REASON] = "a last layer: in eight bits it would cap the output's precision, and gains little"
-            elif node in chosen:
-                node.meta[KERNEL] = kernel
-            else:
-                node.meta[REASON] = _worth(kernel)
-        if not chosen:
+        for node in spared:
+            node.meta[REASON] = "a last layer: in eight bits it would cap the output's precision, and gains little"
+        planned = {node: kernel for node, kernel in resting.items() if node not in spared}
+        planned.update({node: kernels[node] for node in chosen})
+        for node, kernel in planned.items():
+            del node.meta[REASON]
+            node.meta[KERNEL] = kernel
+        if not planned:
             raise NothingQuantizedError(
                 f"Scheme {self.scheme.name!r} finds nothing worth quantizing on target {self.target.name!r}: "
                 + _summary(main)
@@ -107,40 +123,15 @@ class Annotate(ir.passes.InPlacePass):
                 return fewer, last
         return chosen, set()
 
-    def _find(self, node: ir.Node) -> Kernel | Refusal:
-        name = node.name or ""
-        pattern = self._kept(node)
-        if pattern is not None:
-            return Refusal(f"left in float by the option {pattern!r}")
-        if name in self.refused:
-            return Refusal(self.refused[name])
-        found = self.target.kernel(node, self.scheme)
-        if not isinstance(found, Kernel):
-            return found
-        if found.output is Output.FLOAT and self._follower(node) is not None:
+    def _joined(self, node: ir.Node, kernel: Kernel, alone: Kernel | None) -> Kernel:
+        """A static kernel as the cut sees it: outside the integers waits float, or a kernel that stands alone."""
+        if kernel.output is Output.FLOAT and kernel.result is None and self._follower(node) is not None:
             # A Relu between the layer and what reads it in float would keep both in float: end in integers instead.
-            found = dataclasses.replace(found, output=Output.QUANTIZED, result=self.scheme.activation)
-        if name in self.measured:
-            in_float, in_integers = self.measured[name]
-            found = dataclasses.replace(found, float_seconds=in_float, integer_seconds=in_integers)
-        return found
-
-    def _kept(self, node: ir.Node) -> str | None:
-        """The caller's pattern that `node`, or a node that was merged into it, matches."""
-        origins = [(node.name or "", node.op_type), *node.meta.get(graph.ORIGINS, ())]
-        for pattern in self.keep_float:
-            for name, op_type in origins:
-                if op_type == pattern or name == pattern or fnmatch.fnmatchcase(name, pattern):
-                    self._used.add(pattern)
-                    return pattern
-        return None
-
-    def _check_patterns(self, main: ir.Graph) -> None:
-        nodes = [origin for node in main.all_nodes() for origin in (node, *node.meta.get(graph.ORIGINS, ()))]
-        known = {name for n in nodes for name in ((n.name, n.op_type) if isinstance(n, ir.Node) else n) if name}
-        for pattern in self.keep_float:
-            if pattern not in self._used:
-                raise unknown("node or operator to keep in float (after fusion)", pattern, known)
+            result = next(iter(kernel.activations.values()))
+            kernel = dataclasses.replace(kernel, output=Output.QUANTIZED, result=result)
+        if alone is not None:
+            kernel = dataclasses.replace(kernel, float_seconds=min(kernel.float_seconds, alone.integer_seconds))
+        return kernel
 
     def _follower(self, node: ir.Node) -> ir.Node | None:
         """The Relu or Clip that the quantizer after `node` would absorb."""
@@ -151,7 +142,7 @@ class Annotate(ir.passes.InPlacePass):
         follower = users[0]
         if not graph.is_standard(follower, *self.target.activations) or not _absorbable(follower):
             return None
-        return None if self._kept(follower) is not None else follower
+        return None if self.rules.keeps_float(follower) else follower
 
     def _result(self, node: ir.Node, kernel: Kernel) -> list[ir.Value]:
         """The values that a kernel writes: after the activation that its quantizer absorbs, if there is one."""
@@ -204,6 +195,9 @@ class Annotate(ir.passes.InPlacePass):
 def _worth(kernel: Kernel) -> str:
     """Why a node with an integer kernel is better off in float."""
     gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
+    if gain < 0 < gain + kernel.price * 1e6:
+        return "in integers it would lose more accuracy than the time that it saves is worth"
+    gain += kernel.price * 1e6
     if gain < -0.05:
         return f"the integer kernel is slower by about {-gain:.1f} us"
     return f"an integer kernel exists, but gains only {max(gain, 0):.1f} us, less than the way in and out costs"

@@ -6,11 +6,16 @@ copy stays behind.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 from qgraph.passes.calibrate_weights import WEIGHT
+from qgraph.passes.round_weights import CODES
 
-from qgraph import graph
+from qgraph import graph, weights
 from qgraph.errors import QuantizationError
 from qgraph.qparams import QParams, quantize
 
@@ -37,14 +42,12 @@ def _fold(main: ir.Graph, node: ir.Node) -> None:
         raise QuantizationError(f"The weight of {graph.label(node)} is not a constant.")
     name = output.name
 
-    def evaluate(tensor: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
-        codes = quantize(tensor.numpy(), params)
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
-        return ir.tensor(codes, name=name)
+    found = node.meta.get(CODES)
 
-    lazy = ir.LazyTensor(evaluate, params.format.storage, ir.Shape(tensor.shape.numpy()), name=name)
+    def codes(array: NDArray[Any]) -> NDArray[Any]:
+        return quantize(array, params) if found is None else np.asarray(found)
+
     output.name = None
-    folded = graph.add_initializer(main, lazy, name)
+    folded = weights.derived(main, weight, codes, params.format.storage, tuple(tensor.shape.numpy()), name)
     output.replace_all_uses_with(folded)
     main.remove(node, safe=True)

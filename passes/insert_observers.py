@@ -35,7 +35,7 @@ class InsertObservers(ir.passes.InPlacePass):
         for node in model.graph:
             planned: Kernel | None = node.meta.get(KERNEL)
             source = node.inputs[0] if planned is not None and planned.weight is not None else None
-            if source is not None:
+            if source is not None and graph.is_standard(node, "Conv", "MatMul", "Gemm"):
                 axis = graph.channel_axis(node)
                 source.meta.setdefault(MEANS, {}).setdefault(axis, ChannelMean(axis))
         return ir.passes.PassResult(model, False)

@@ -14,10 +14,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.calibrate_weights import INPUT, WEIGHT
+from qgraph.passes.round_weights import CODES
 
 from qgraph import graph
 from qgraph.qparams import QParams, bias_scale, quantize
-from qgraph.targets import ABSORBED, KERNEL, QPARAMS, REASON, Kernel, Output, Target
+from qgraph.targets import ABSORBED, KERNEL, QPARAMS, REASON, Form, Kernel, Output, Target
 
 __all__ = ["InsertQDQ"]
 
@@ -37,7 +38,7 @@ class InsertQDQ(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         writer = _Writer(model.graph)
-        nodes = [node for node in model.graph if KERNEL in node.meta]
+        nodes = [node for node in model.graph if KERNEL in node.meta and node.meta[KERNEL].form is Form.QDQ]
         for value in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]:
             if QPARAMS in value.meta:
                 writer.activation(value)
@@ -213,11 +214,14 @@ class _Writer:
     def _weight(self, node: ir.Node, weight: ir.Value, params: QParams) -> ir.Value:
         """A DequantizeLinear for this reader; the QuantizeLinear is shared by all readers with the same parameters."""
         base = str(weight.name)
-        key = (weight, params.format, params.axis, params.scale.tobytes())
+        codes = node.meta.get(CODES)
+        key = (weight, params.format, params.axis, params.scale.tobytes(), id(codes))
         if key not in self.weights:
             scale, zero = self.constants(base, params)
             made = self.node("QuantizeLinear", [weight, scale, zero], base, params.format.storage, weight, params.axis)
             made.meta[WEIGHT] = params
+            if codes is not None:
+                made.meta[CODES] = codes
             self._insert_first(made)
             self.weights[key] = made.outputs[0]
         quantized = self.weights[key]

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from qgraph.formats import INT32, Format
 
-__all__ = ["BIAS", "Granularity", "PerAxis", "PerBlock", "PerTensor", "QuantSpec", "Scheme"]
+__all__ = ["BIAS", "Granularity", "Mixture", "PerAxis", "PerBlock", "PerTensor", "QuantSpec", "Scheme"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +52,47 @@ class QuantSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """The specs of a layer's activations, weight and bias, and the pipeline that brings a model into them."""
+    """The numbers of a layer.
+
+    Attributes:
+        name: what the user calls it.
+        activation: spec of activations; None leaves them in float (weight-only).
+        weight: spec of weights.
+        bias: spec of biases; None leaves them in float.
+        dynamic: whether activations get their range at run time, from each tensor itself.
+        pipeline: name of the pipeline that brings a model into it.
+    """
 
     name: str
-    activation: QuantSpec
+    activation: QuantSpec | None
     weight: QuantSpec
-    bias: QuantSpec
-    pipeline: str = "static"
+    bias: QuantSpec | None = None
+    dynamic: bool = False
+    pipeline: str = "quantize"
+
+    @property
+    def static(self) -> bool:
+        """Whether ranges of activations must be calibrated."""
+        return self.activation is not None and not self.dynamic
+
+    @property
+    def parts(self) -> tuple[Scheme, ...]:
+        """Itself: a mixture of one."""
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several schemes in one graph, each node in the one that suits it; without any, everything stays in float."""
+
+    name: str
+    parts: tuple[Scheme, ...]
+    pipeline: str = "quantize"
+
+    @property
+    def static(self) -> bool:
+        """Whether ranges of activations must be calibrated."""
+        return any(part.static for part in self.parts)
 
 
 BIAS = QuantSpec(INT32, PerAxis(0), symmetric=True, observer="minmax")

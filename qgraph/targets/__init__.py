@@ -1,5 +1,29 @@
 """Targets: what an execution provider on a kind of machine executes. Found by entry point `qgraph.targets`."""
 
-from qgraph.targets.base import ABSORBED, KERNEL, QPARAMS, REASON, SPEC, Kernel, Output, Refusal, Target, annotated
+from qgraph.targets.base import (
+    ABSORBED,
+    KERNEL,
+    QPARAMS,
+    REASON,
+    SPEC,
+    Form,
+    Kernel,
+    Output,
+    Refusal,
+    Target,
+    annotated,
+)
 
-__all__ = ["ABSORBED", "KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target", "annotated"]
+__all__ = [
+    "ABSORBED",
+    "KERNEL",
+    "QPARAMS",
+    "REASON",
+    "SPEC",
+    "Form",
+    "Kernel",
+    "Output",
+    "Refusal",
+    "Target",
+    "annotated",
+]

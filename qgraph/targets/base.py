@@ -16,9 +16,21 @@ import onnx_ir as ir
 
 from qgraph import errors
 from qgraph.session import SessionOptions
-from qgraph.spec import QuantSpec, Scheme
+from qgraph.spec import Mixture, QuantSpec, Scheme
 
-__all__ = ["ABSORBED", "KERNEL", "QPARAMS", "REASON", "SPEC", "Kernel", "Output", "Refusal", "Target", "annotated"]
+__all__ = [
+    "ABSORBED",
+    "KERNEL",
+    "QPARAMS",
+    "REASON",
+    "SPEC",
+    "Form",
+    "Kernel",
+    "Output",
+    "Refusal",
+    "Target",
+    "annotated",
+]
 
 SPEC = "qgraph.spec"
 """Key in `Value.meta`: the QuantSpec that annotation gave the value."""
@@ -36,6 +48,17 @@ def annotated(graph: ir.Graph) -> list[ir.Value]:
     """The activations that have a spec, in topological order."""
     values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
     return [value for value in values if SPEC in value.meta]
+
+
+class Form(enum.Enum):
+    """How a kernel is written."""
+
+    QDQ = "qdq"
+    """QuantizeLinear and DequantizeLinear around the float operator, ranges calibrated."""
+    DYNAMIC = "dynamic"
+    """DynamicQuantizeLinear before an integer product."""
+    WEIGHTS = "weights"
+    """Float activations meet weights quantized in blocks, in an operator made for that."""
 
 
 class Output(enum.Enum):
@@ -67,8 +90,11 @@ class Kernel:
         result: spec of the output, or None when it is not quantized.
         shares: whether input and output must have the same parameters (the operator only moves codes about).
         joins: whether the kernel is faster when all its inputs and its output have the same parameters.
+        form: how it is written; only QDQ kernels quantize their activations with calibrated ranges.
+        scheme: name of the scheme that it belongs to.
         float_seconds: estimated time as it is.
-        integer_seconds: estimated time in this kernel.
+        integer_seconds: estimated time in this kernel, price included.
+        price: seconds that its loss of accuracy was said to be worth.
     """
 
     operators: tuple[str, ...]
@@ -79,8 +105,11 @@ class Kernel:
     result: QuantSpec | None = None
     shares: bool = False
     joins: bool = False
+    form: Form = Form.QDQ
+    scheme: str = "int8"
     float_seconds: float = 0.0
     integer_seconds: float = 0.0
+    price: float = 0.0
 
 
 class Target(abc.ABC):
@@ -90,13 +119,15 @@ class Target(abc.ABC):
     description: str
     provider: str
     min_opset: int
-    schemes: Mapping[str, Scheme]
+    schemes: Mapping[str, Scheme | Mixture]
     slow_fusions: frozenset[str] = frozenset()
     """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
+    fast_operators: frozenset[str] = frozenset()
+    """Operators of the runtime's own into which passes may fuse, because they are faster here than their parts."""
     greedy_fusions: frozenset[str] = frozenset()
     """Operators that the runtime turns into integer kernels wherever they stand between integers, planned or not."""
 
-    def scheme(self, name: str) -> Scheme:
+    def scheme(self, name: str) -> Scheme | Mixture:
         """The scheme called `name`, as this target wants it.
 
         Raises:

@@ -15,20 +15,30 @@ import onnx_ir as ir
 
 from qgraph.errors import OptionError
 from qgraph.formats import INT8, UINT8, Format, Int
-from qgraph.spec import BIAS, PerAxis, QuantSpec, Scheme
+from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_costs, cpu_kernels
 from qgraph.targets.base import Kernel, Refusal, Target
 
 __all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
 
+# The fastest block of MatMulNBits that keeps the error of a block's range apart (64 is slower, 256 no faster).
+_BLOCK = 128
 
-def _static(activation: Format, weight: Format) -> Scheme:
-    return Scheme(
-        "int8",
-        QuantSpec(activation),
-        QuantSpec(weight, PerAxis(0), symmetric=True, observer="minmax"),
-        BIAS,
-    )
+
+def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixture]:
+    """All that this provider has kernels for."""
+    per_channel = QuantSpec(weight, PerAxis(0), symmetric=True, observer="minmax")
+    static = Scheme("int8", QuantSpec(activation), per_channel, BIAS)
+    # DynamicQuantizeLinear knows u8 only.
+    dynamic = Scheme("int8-dynamic", QuantSpec(UINT8), per_channel, dynamic=True)
+    blocks = Scheme("int8-weights", None, QuantSpec(INT8, PerBlock(0, _BLOCK), symmetric=True, observer="minmax"))
+    return {
+        "auto": Mixture("auto", (static, dynamic, blocks)),
+        "int8": static,
+        "int8-dynamic": dynamic,
+        "int8-weights": blocks,
+        "fp32": Mixture("fp32", (), "float"),
+    }
 
 
 class Cpu(Target):
@@ -39,6 +49,18 @@ class Cpu(Target):
     min_opset = 17
     # 485 us against 82 us for Sum and LayerNormalization of [1, 128, 768], one thread (tools/measure_kernels.py).
     slow_fusions = frozenset({"SkipLayerNormalization"})
+    # 1.5, 1.5, 1.0, 2 to 3.6 and 3 to 4 times as fast as their parts (tools/measure_glue.py). Left out, as measured
+    # there: MultiHeadAttention 0.7 to 1.0, SkipSimplifiedLayerNormalization 0.4 to 0.6.
+    fast_operators = frozenset(
+        {
+            "FastGelu",
+            "Gelu",
+            "MatMulIntegerToFloat",
+            "QuickGelu",
+            "RotaryEmbedding",
+            "SimplifiedLayerNormalization",
+        }
+    )
     # Left to it, the runtime would run a 20 times slower AveragePool, a Softmax whose codes wrap round, and quantize
     # the weights of float layers by itself.
     greedy_fusions = frozenset(
@@ -63,7 +85,7 @@ class Cpu(Target):
     def __init__(self, name: str, description: str, activation: Format, weight: Format):
         self.name = name
         self.description = description
-        self.schemes: Mapping[str, Scheme] = {"int8": _static(activation, weight)}
+        self.schemes: Mapping[str, Scheme | Mixture] = _schemes(activation, weight)
 
     @property
     def activations(self) -> tuple[str, ...]:

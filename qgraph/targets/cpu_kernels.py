@@ -6,14 +6,14 @@ nanoseconds on one thread, stand beside each elementwise operator as (float, int
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.spec import PerAxis, Scheme
+from qgraph.spec import PerAxis, QuantSpec, Scheme
+from qgraph.targets import cpu_checks, cpu_products
 from qgraph.targets import cpu_costs as costs
 from qgraph.targets.base import Kernel, Output, Refusal
 
@@ -25,44 +25,30 @@ _NO_KERNEL = "onnxruntime's CPU provider has no integer kernel for {}"
 
 
 def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-    """The kernel for `node`, or why it has none."""
+    """The kernel for `node` in one scheme, or why it has none."""
     if node.domain not in ("", "ai.onnx"):
         return Refusal(f"operator of domain {node.domain!r}")
+    if not scheme.static:
+        return cpu_products.find(node, scheme)
     entry = _TABLE.get(node.op_type)
     if entry is None:
         return Refusal(_NO_KERNEL.format(node.op_type))
-    return entry(node, scheme)
+    kernel = entry(node, scheme)
+    return kernel if isinstance(kernel, Refusal) else replace(kernel, scheme=scheme.name)
 
 
-def _float_activation(value: ir.Value | None) -> Refusal | None:
-    if value is None:
-        return Refusal("an input is missing")
-    if value.is_initializer():
-        return Refusal(f"its input {value.name!r} is a constant or has a default")
-    if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
-        return Refusal(f"computes in {value.dtype.name.lower()}, not float32")
-    if value.dtype is None:
-        return Refusal(f"the type of {value.name!r} could not be inferred")
-    return None
-
-
-def _weight(value: ir.Value | None, what: str) -> Refusal | None:
-    """Why `value` cannot be a quantized weight."""
-    if value is None or value.dtype != ir.DataType.FLOAT:
-        return Refusal(f"{what} is not float32")
-    if value.is_graph_input() and value.is_initializer():
-        return Refusal(f"{what} {value.name!r} may be overridden by the caller (it is also a graph input)")
-    if not graph.has_constant(value):
-        return Refusal(f"{what} {value.name!r} is computed at run time")
-    return None
+def _codes(scheme: Scheme) -> QuantSpec:
+    """Spec of activations of a static scheme."""
+    assert scheme.activation is not None, "a static scheme has one"
+    return scheme.activation
 
 
 def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     weight = node.inputs[1]
-    refusal = _float_activation(node.inputs[0]) or _weight(weight, "the weight")
+    refusal = cpu_checks.float_activation(node.inputs[0]) or cpu_checks.weight(weight, "the weight")
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if refusal is None and bias is not None:
-        refusal = _weight(bias, "the bias")
+        refusal = cpu_checks.weight(bias, "the bias")
     if refusal is not None or weight is None:
         return refusal or Refusal("no weight")
     shape = graph.run_shape(weight) or ()
@@ -71,10 +57,10 @@ def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     cost = costs.conv(node.outputs[0], shape, node.attributes.get_int("group", 1))
     return Kernel(
         ("QLinearConv",),
-        {0: scheme.activation},
+        {0: _codes(scheme)},
         weight=(1, replace(scheme.weight, granularity=PerAxis(0))),
         bias=2 if bias is not None else None,
-        result=scheme.activation,
+        result=_codes(scheme),
         float_seconds=cost.in_float,
         integer_seconds=cost.in_integers,
     )
@@ -86,16 +72,16 @@ def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         return Refusal("a product of two activations gains too little for what it loses in accuracy")
     if graph.has_constant(left):
         return Refusal("the weight is on the left; the integer kernel wants it on the right")
-    refusal = _float_activation(left) or _weight(right, "the weight")
+    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
     if refusal is not None or right is None or left is None:
         return refusal or Refusal("an input is missing")
     shape = graph.run_shape(right) or ()
     if len(shape) != 2:
         return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
-    cost = costs.matmul(_rows(left, shape[0]), shape[0], shape[1])
+    cost = costs.matmul(cpu_checks.rows(left, shape[0]), shape[0], shape[1])
     return Kernel(
         ("MatMulIntegerToFloat", "QLinearMatMul"),
-        {0: scheme.activation},
+        {0: _codes(scheme)},
         weight=(1, replace(scheme.weight, granularity=PerAxis(1))),
         output=Output.FLOAT,
         float_seconds=cost.in_float,
@@ -103,37 +89,22 @@ def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     )
 
 
-def _rows(value: ir.Value, inner: int) -> int:
-    count = graph.element_count(value)
-    return 64 if count is None else max(1, count // max(1, inner))
-
-
 def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     left, right = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    refusal = _float_activation(left) or _weight(right, "the weight")
+    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
     if refusal is None and bias is not None:
-        refusal = _weight(bias, "the bias")
+        refusal = cpu_checks.weight(bias, "the bias")
     if refusal is not None or right is None or left is None:
         return refusal or Refusal("an input is missing")
-    shape = graph.run_shape(right) or (0, 0)
-    transposed = bool(node.attributes.get_int("transB", 0))
-    inner, columns = (shape[1], shape[0]) if transposed else shape
-    if node.attributes.get_int("transA", 0):
-        return Refusal("the integer kernel does not transpose its activation (transA)")
-    alpha, beta = node.attributes.get("alpha"), node.attributes.get("beta")
-    if alpha is not None and alpha.as_float() != 1.0:
-        return Refusal("alpha is not 1")
-    if bias is not None:
-        if beta is not None and beta.as_float() != 1.0:
-            return Refusal("beta is not 1")
-        shape_of_bias = graph.run_shape(bias) or ()
-        if shape_of_bias[-1:] != (columns,) or math.prod(shape_of_bias) != columns:
-            return Refusal("the bias is not one number per column")
-    cost = costs.matmul(_rows(left, inner), inner, columns)
+    form = cpu_checks.gemm(node)
+    if isinstance(form, Refusal):
+        return form
+    inner, columns, transposed = form
+    cost = costs.matmul(cpu_checks.rows(left, inner), inner, columns)
     return Kernel(
         ("QGemm",),
-        {0: scheme.activation},
+        {0: _codes(scheme)},
         weight=(1, replace(scheme.weight, granularity=PerAxis(0 if transposed else 1))),
         bias=2 if bias is not None else None,
         output=Output.FLOAT,
@@ -149,11 +120,11 @@ def _binary(kernel: str, float_ns: float, integer_ns: float) -> _Entry:
         for value in node.inputs:
             if graph.has_constant(value):
                 return Refusal("one side is a constant; the integer kernel was measured on two activations only")
-            refusal = _float_activation(value)
+            refusal = cpu_checks.float_activation(value)
             if refusal is not None:
                 return refusal
         cost = costs.elementwise(node.outputs[0], float_ns, integer_ns)
-        spec = scheme.activation
+        spec = _codes(scheme)
         return Kernel(
             (kernel,), {0: spec, 1: spec}, result=spec, float_seconds=cost.in_float, integer_seconds=cost.in_integers
         )
@@ -165,12 +136,12 @@ def _unary(kernel: str, float_ns: float, integer_ns: float, per_input: bool = Fa
     """One activation, output with parameters of its own."""
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-        refusal = _float_activation(node.inputs[0])
+        refusal = cpu_checks.float_activation(node.inputs[0])
         if refusal is not None:
             return refusal
         sized = node.inputs[0] if per_input and node.inputs[0] is not None else node.outputs[0]
         cost = costs.elementwise(sized, float_ns, integer_ns)
-        spec = scheme.activation
+        spec = _codes(scheme)
         return Kernel((kernel,), {0: spec}, result=spec, float_seconds=cost.in_float, integer_seconds=cost.in_integers)
 
     return entry
@@ -182,7 +153,7 @@ def _moves(
     """An operator that only moves codes: input and output share their parameters."""
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-        refusal = _float_activation(node.inputs[0])
+        refusal = cpu_checks.float_activation(node.inputs[0])
         if refusal is not None:
             return refusal
         why = condition(node) if condition is not None else None
@@ -193,8 +164,8 @@ def _moves(
         cost = costs.elementwise(node.outputs[0], float_ns, integer_ns)
         return Kernel(
             operators or (node.op_type,),
-            {0: scheme.activation},
-            result=scheme.activation,
+            {0: _codes(scheme)},
+            result=_codes(scheme),
             shares=True,
             float_seconds=cost.in_float,
             integer_seconds=cost.in_integers,
@@ -205,13 +176,13 @@ def _moves(
 
 def _concat(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     for value in node.inputs:
-        refusal = _float_activation(value)
+        refusal = cpu_checks.float_activation(value)
         if refusal is None and value is not None and value.is_initializer():
             refusal = Refusal("joins a constant")
         if refusal is not None:
             return refusal
     cost = costs.elementwise(node.outputs[0], 0.10, 0.04)
-    spec = scheme.activation
+    spec = _codes(scheme)
     return Kernel(
         ("QLinearConcat", "Concat"),
         dict.fromkeys(range(len(node.inputs)), spec),

@@ -1,0 +1,62 @@
+"""What the CPU provider's integer kernels ask of a layer's inputs; each check answers with its reason to refuse."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from qgraph import graph
+from qgraph.targets.base import Refusal
+
+__all__ = ["float_activation", "gemm", "rows", "weight"]
+
+
+def float_activation(value: ir.Value | None) -> Refusal | None:
+    """Why `value` cannot be a quantized activation."""
+    if value is None:
+        return Refusal("an input is missing")
+    if value.is_initializer():
+        return Refusal(f"its input {value.name!r} is a constant or has a default")
+    if value.dtype is not None and value.dtype != ir.DataType.FLOAT:
+        return Refusal(f"computes in {value.dtype.name.lower()}, not float32")
+    if value.dtype is None:
+        return Refusal(f"the type of {value.name!r} could not be inferred")
+    return None
+
+
+def weight(value: ir.Value | None, what: str) -> Refusal | None:
+    """Why `value` cannot be a quantized weight; `what` names it."""
+    if value is None or value.dtype != ir.DataType.FLOAT:
+        return Refusal(f"{what} is not float32")
+    if value.is_graph_input() and value.is_initializer():
+        return Refusal(f"{what} {value.name!r} may be overridden by the caller (it is also a graph input)")
+    if not graph.has_constant(value):
+        return Refusal(f"{what} {value.name!r} is computed at run time")
+    return None
+
+
+def rows(value: ir.Value, inner: int) -> int:
+    """Rows of an activation whose last axis has `inner` elements, in a run or guessed."""
+    count = graph.element_count(value)
+    return 64 if count is None else max(1, count // max(1, inner))
+
+
+def gemm(node: ir.Node) -> tuple[int, int, bool] | Refusal:
+    """(inner size, columns, whether the weight is transposed) of a Gemm that is a product and a row of biases."""
+    shape = graph.run_shape(node.inputs[1]) or (0, 0)
+    transposed = bool(node.attributes.get_int("transB", 0))
+    inner, columns = (shape[1], shape[0]) if transposed else (shape[0], shape[1])
+    if node.attributes.get_int("transA", 0):
+        return Refusal("the integer kernel does not transpose its activation (transA)")
+    alpha, beta = node.attributes.get("alpha"), node.attributes.get("beta")
+    if alpha is not None and alpha.as_float() != 1.0:
+        return Refusal("alpha is not 1")
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        if beta is not None and beta.as_float() != 1.0:
+            return Refusal("beta is not 1")
+        shape_of_bias = graph.run_shape(bias) or ()
+        if shape_of_bias[-1:] != (columns,) or math.prod(shape_of_bias) != columns:
+            return Refusal("the bias is not one number per column")
+    return inner, columns, transposed

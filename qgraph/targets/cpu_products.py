@@ -1,0 +1,152 @@
+"""The CPU provider's kernels with float inputs and outputs: dynamic int8, and weights in blocks of eight bits.
+
+They need no calibration, and stand alone: nothing about their neighbours changes. Times were measured with
+onnxruntime 1.31.1 on Zen 4 (`python tools/measure_kernels.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from qgraph import graph
+from qgraph.spec import PerAxis, PerBlock, Scheme
+from qgraph.targets import cpu_checks
+from qgraph.targets import cpu_costs as costs
+from qgraph.targets.base import Form, Kernel, Output, Refusal
+
+__all__ = ["find"]
+
+# u8 x s8 products of this many terms may leave int32.
+_LONGEST_SUM = (2**31 - 1) // (255 * 127)
+
+# Seconds that a byte less on disk and in memory is worth: a table of 10 MB may cost 5 us.
+_BYTE = 5e-13
+
+
+def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    """The kernel for `node` in a dynamic or weight-only scheme, or why it has none."""
+    if node.op_type in ("MatMul", "Gemm"):
+        return _product(node, scheme)
+    if node.op_type == "LSTM":
+        return _lstm(node, scheme)
+    if node.op_type == "Gather":
+        return _embedding(node, scheme)
+    if node.op_type == "Conv":
+        if scheme.dynamic:
+            return Refusal("onnxruntime's dynamic integer convolution is slower than the float one")
+        return Refusal("onnxruntime has no convolution with quantized weights and float activations")
+    if node.op_type == "GRU":
+        return Refusal("onnxruntime's CPU provider has an integer LSTM, but no integer GRU")
+    return Refusal(f"onnxruntime's CPU provider has no such kernel for {node.op_type}")
+
+
+def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    left, right = node.inputs[0], node.inputs[1]
+    if left is not None and right is not None and not right.is_initializer() and not left.is_initializer():
+        return Refusal("a product of two activations has no weight")
+    if graph.has_constant(left):
+        return Refusal("the weight is on the left; the integer kernel wants it on the right")
+    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
+    if refusal is not None or left is None or right is None:
+        return refusal or Refusal("an input is missing")
+    shape = graph.run_shape(right) or ()
+    if len(shape) != 2:
+        return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
+    inner, columns, transposed = shape[0], shape[1], False
+    if node.op_type == "Gemm":
+        form = cpu_checks.gemm(node)
+        if isinstance(form, Refusal):
+            return form
+        inner, columns, transposed = form
+        if len(node.inputs) > 2 and (refusal := cpu_checks.weight(node.inputs[2], "the bias")) is not None:
+            return refusal
+    rows = cpu_checks.rows(left, inner)
+    plain = costs.matmul(rows, inner, columns).in_float
+    if not scheme.dynamic:
+        return _blocks(scheme, rows, inner, columns, transposed, plain)
+    if inner > _LONGEST_SUM:
+        return Refusal(f"a sum of {inner} products may leave int32")
+    # One row is bound by the weights' bytes, and finding its range is next to nothing.
+    seconds = costs.matmul(rows, inner, columns).in_integers + 1e-9 * (1500 + 0.12 * rows * inner)
+    return Kernel(
+        ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
+        {},
+        weight=(1, replace(scheme.weight, granularity=PerAxis(0 if transposed else 1))),
+        bias=2 if len(node.inputs) > 2 else None,
+        output=Output.FLOAT,
+        form=Form.DYNAMIC,
+        scheme=scheme.name,
+        float_seconds=plain,
+        integer_seconds=seconds,
+    )
+
+
+def _blocks(scheme: Scheme, rows: int, inner: int, columns: int, transposed: bool, plain: float) -> Kernel | Refusal:
+    granularity = scheme.weight.granularity
+    assert isinstance(granularity, PerBlock), "weight-only kernels take blocks"
+    if inner < granularity.size:
+        return Refusal(f"its {inner} rows are less than one block of {granularity.size}")
+    return Kernel(
+        ("MatMulNBits",),
+        {},
+        weight=(1, replace(scheme.weight, granularity=PerBlock(1 if transposed else 0, granularity.size))),
+        output=Output.FLOAT,
+        form=Form.WEIGHTS,
+        scheme=scheme.name,
+        float_seconds=plain,
+        integer_seconds=costs.blocks(rows, inner, columns),
+    )
+
+
+def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    table = node.inputs[0]
+    if scheme.activation is not None:
+        return Refusal("a table has no product; only its weights can be quantized (int8-weights)")
+    refusal = cpu_checks.weight(table, "the table")
+    if refusal is not None or table is None:
+        return refusal or Refusal("an input is missing")
+    shape = graph.run_shape(table) or ()
+    if node.attributes.get_int("axis", 0) or len(shape) != 2:
+        return Refusal("only rows of a table with two dimensions are picked from int8")
+    picked = costs.elements(node.outputs[0])
+    return Kernel(
+        ("Gather",),
+        {},
+        weight=(0, replace(scheme.weight, granularity=PerAxis(0))),
+        output=Output.FLOAT,
+        form=Form.WEIGHTS,
+        scheme=scheme.name,
+        float_seconds=1e-9 * (2000 + 0.1 * picked),
+        integer_seconds=1e-9 * (8000 + 0.5 * picked) - _BYTE * 3 * shape[0] * shape[1],
+    )
+
+
+def _lstm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+    if not scheme.dynamic:
+        return Refusal("onnxruntime has no LSTM with quantized weights and float activations")
+    source, weight, recurrence = node.inputs[0], node.inputs[1], node.inputs[2]
+    refusal = (
+        cpu_checks.float_activation(source)
+        or cpu_checks.weight(weight, "the input weight")
+        or cpu_checks.weight(recurrence, "the recurrence weight")
+    )
+    if refusal is not None:
+        return refusal
+    if node.attributes.get_int("layout", 0):
+        return Refusal("onnxruntime's LSTM takes no batch-first layout")
+    shape, size = graph.run_shape(weight) or (1, 1, 1), (graph.run_shape(recurrence) or (1, 1, 1))[-1]
+    seen = graph.run_shape(source)
+    steps, batch = (seen[0], seen[1]) if seen is not None and len(seen) == 3 else (32, 1)
+    macs = shape[0] * shape[1] * (shape[2] + size) * steps * batch
+    return Kernel(
+        ("DynamicQuantizeLSTM",),
+        {},
+        weight=(1, replace(scheme.weight, granularity=PerAxis(1))),
+        output=Output.FLOAT,
+        form=Form.DYNAMIC,
+        scheme=scheme.name,
+        float_seconds=1e-9 * (20_000 + macs / 16),
+        integer_seconds=1e-9 * (20_000 + macs / 48),
+    )

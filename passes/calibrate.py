@@ -26,8 +26,9 @@ class Calibrate(ir.passes.InPlacePass):
         folder: where the model's external tensors lie.
         budget: bytes that one run's observed values may take.
         ranges: file of saved statistics and the model's key, used instead of running the data.
-        save: file to write the statistics to, and the model's key.
+        save: file to write the statistics to, those of `store` included, and the model's key.
         progress: called with ("calibrating", runs done, runs in all).
+        store: statistics of earlier calibrations on the same model and data, used and added to.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Calibrate(ir.passes.InPlacePass):
         ranges: tuple[Path, str] | None = None,
         save: tuple[Path, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        store: calibration.Store | None = None,
     ):
         super().__init__()
         self.data = data
@@ -46,6 +48,7 @@ class Calibrate(ir.passes.InPlacePass):
         self.ranges = ranges
         self.save = save
         self.progress = progress
+        self.store = store
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
@@ -53,9 +56,9 @@ class Calibrate(ir.passes.InPlacePass):
         if self.ranges is not None:
             calibration.restore(model, *self.ranges)
         else:
-            calibration.observe(model, self.data, self.folder, self.budget, self._report)
+            calibration.observe(model, self.data, self.folder, self.budget, self._report, self.store)
         if self.save is not None:
-            calibration.save(model, *self.save)
+            calibration.save(model, *self.save, self.store)
         groups: dict[str, Observer] = {}
         for value in values:
             # Taken away: a statistic is of no use once it is solved.

@@ -10,7 +10,7 @@ from qgraph import graph
 from qgraph.errors import QuantizationError
 from qgraph.qparams import QParams, from_range, limit_accumulator
 from qgraph.spec import PerAxis, QuantSpec
-from qgraph.targets import KERNEL, QPARAMS, Kernel
+from qgraph.targets import KERNEL, QPARAMS, Form, Kernel
 
 __all__ = ["INPUT", "WEIGHT", "CalibrateWeights"]
 
@@ -30,7 +30,13 @@ class CalibrateWeights(ir.passes.InPlacePass):
             if kernel is None or kernel.weight is None:
                 continue
             position, spec = kernel.weight
-            activation, weight = node.inputs[next(iter(kernel.activations))], node.inputs[position]
+            weight = node.inputs[position]
+            if kernel.form is Form.DYNAMIC and weight is not None and isinstance(spec.granularity, PerAxis):
+                # Without a calibrated range there is none to overflow; the target has looked at the number of terms.
+                node.meta[WEIGHT] = _solve(weight, spec)
+            if kernel.form is not Form.QDQ:
+                continue
+            activation = node.inputs[next(iter(kernel.activations))]
             if activation is None or weight is None or QPARAMS not in activation.meta:
                 raise QuantizationError(f"The input of {graph.label(node)} has no parameters: calibrate first.")
             node.meta[INPUT] = activation.meta[QPARAMS]
@@ -39,7 +45,10 @@ class CalibrateWeights(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, False)
 
 
-def _solve(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray[np.generic] | None) -> QParams:
+def _solve(
+    weight: ir.Value, spec: QuantSpec, activation: QParams | None = None, bias: NDArray[np.generic] | None = None
+) -> QParams:
+    """The weight's parameters; without those of the activation, no accumulator is looked at."""
     array = graph.constant(weight)
     assert array is not None
     axis = spec.granularity.axis % array.ndim if isinstance(spec.granularity, PerAxis) else None
@@ -47,6 +56,10 @@ def _solve(weight: ir.Value, spec: QuantSpec, activation: QParams, bias: NDArray
     low, high = np.min(array, axis=others, initial=0.0), np.max(array, axis=others, initial=0.0)
     flat = None if bias is None else np.asarray(bias, np.float64).reshape(-1)
     params = from_range(low, high, spec)
+    if activation is None:
+        del array
+        graph.release(weight)
+        return params
     # Elements x the largest of them bounds sum|w|, and mostly suffices; only where it does not, the sum is taken.
     bound = np.maximum(-low, high).astype(np.float64) * (array.size // max(1, low.size))
     solved = limit_accumulator(activation, params, bound, flat)

@@ -13,10 +13,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.calibrate_weights import WEIGHT
+from qgraph.passes.round_weights import CODES
 
 from qgraph import graph
 from qgraph.calibration import MEANS
-from qgraph.qparams import QParams, fake_quantize
+from qgraph.qparams import QParams, dequantize, fake_quantize
 from qgraph.targets import KERNEL, Kernel
 
 __all__ = ["CorrectBias"]
@@ -79,14 +80,16 @@ def _shift(node: ir.Node, weight: ir.Value, params: QParams, mean: NDArray[np.fl
     """(W_quantized - W) E[x] of each output channel."""
     array = graph.constant(weight)
     assert array is not None
+    codes = node.meta.get(CODES)
+    rounded = fake_quantize(array, params) if codes is None else dequantize(codes, params)
     if node.op_type == "Conv":
         taps = _taps(node, array.shape)
         groups = node.attributes.get_int("group", 1)
-        error = (fake_quantize(array, params) - array).reshape(*array.shape[:2], -1) @ taps
+        error = (rounded - array).reshape(*array.shape[:2], -1) @ taps
         wide = mean.reshape(groups, -1)
         shift = np.einsum("goc,gc->go", error.reshape(groups, -1, array.shape[1]), wide).reshape(-1)
     else:
-        error = fake_quantize(array, params) - array
+        error = rounded - array
         shift = error @ mean if node.attributes.get_int("transB", 0) else mean @ error
     del array
     graph.release(weight)

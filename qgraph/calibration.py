@@ -7,9 +7,10 @@ run one after the other over all the data; what lies behind the last observed va
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -24,13 +25,17 @@ from qgraph.observers import Observer
 from qgraph.observers.channel_mean import ChannelMean
 from qgraph.session import Session, SessionOptions
 
-__all__ = ["DEFAULT_BUDGET", "MEANS", "OBSERVER", "observe", "restore", "save"]
+__all__ = ["DEFAULT_BUDGET", "MEANS", "OBSERVER", "STATISTICS", "Store", "observe", "restore", "save"]
 
 DEFAULT_BUDGET = 256 << 20
 OBSERVER = "qgraph.observer"
 """Key in `Value.meta`: the observer of the value."""
 MEANS = "qgraph.means"
 """Key in `Value.meta`: channel means of the value, a dict of ChannelMean by axis."""
+STATISTICS = "qgraph.statistics"
+"""Key in `Value.meta`: anything else with an `update(array)`, a dict; it is not saved."""
+Store: TypeAlias = "dict[tuple[str, str], Observer | ChannelMean]"
+"""(value, kind of statistic) -> the statistic over all the data."""
 _UNKNOWN_BYTES = 16 << 20
 _VERSION = 1
 
@@ -41,22 +46,29 @@ def observe(
     folder: Path | None = None,
     budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
+    store: Store | None = None,
 ) -> None:
     """Feed all of `data` through `model` and update the statistics in the meta of its values.
 
     Args:
-        model: its observed values carry an observer ("qgraph.observer"), channel means ("qgraph.means"), or both.
+        model: its observed values carry an observer ("qgraph.observer"), channel means ("qgraph.means"), or other
+            statistics ("qgraph.statistics").
         data: the feeds.
         folder: where the model's external tensors lie.
         budget: bytes that the observed values of one run may take.
         progress: called with (runs done, runs in all).
+        store: observers and means of an earlier call on the same data, by value; these values are not run again, and
+            new ones are added.
 
     Raises:
         DataError: an observed value is NaN or infinite; names the batch and the value.
         ExecutionError: the runtime refuses the graph or a batch.
     """
-    values = [v for v in _observed(model) if v.producer() is not None]
-    inputs = [v for v in _observed(model) if v.producer() is None]
+    missing = [v for v in _observed(model) if store is None or not _recalled(v, store)]
+    values = [v for v in missing if v.producer() is not None]
+    inputs = [v for v in missing if v.producer() is None]
+    if not missing:
+        return
     # Shapes were measured on one batch; the largest may be many times as large.
     growth = max(1.0, data.largest / max(1, data.first().nbytes))
     parts = list(_parts(values, int(budget / growth))) or [[]]
@@ -79,10 +91,38 @@ def observe(
         finally:
             if session is not None:
                 session.close()
+    if store is not None:
+        for value in missing:
+            for kind, statistic in _statistics(value):
+                store[str(value.name), kind] = copy.deepcopy(statistic)
+
+
+def _recalled(value: ir.Value, store: Store) -> bool:
+    """Give `value` its statistics from the store, if all of them are there."""
+    wanted = list(_statistics(value))
+    if STATISTICS in value.meta or any((str(value.name), kind) not in store for kind, _ in wanted):
+        return False
+    for kind, statistic in wanted:
+        known = copy.deepcopy(store[str(value.name), kind])
+        if isinstance(known, Observer):
+            value.meta[OBSERVER] = known
+        elif isinstance(statistic, ChannelMean):
+            value.meta[MEANS] = {**value.meta[MEANS], statistic.axis: known}
+    return True
 
 
 def _update(value: ir.Value, array: NDArray[Any], batch: Batch) -> None:
-    for statistic in value.meta.get(MEANS, {}).values():
+    visible = batch.visible
+    if visible is not None and array.ndim == 3 and array.shape[:2] == visible.shape:
+        # Sample by sample, since some statistics are of samples.
+        for rows, seen in zip(array, visible, strict=True):
+            _take(value, rows[seen][None], batch)
+    else:
+        _take(value, array, batch)
+
+
+def _take(value: ir.Value, array: NDArray[Any], batch: Batch) -> None:
+    for statistic in (*value.meta.get(MEANS, {}).values(), *value.meta.get(STATISTICS, {}).values()):
         statistic.update(array)
     observer: Observer | None = value.meta.get(OBSERVER)
     if observer is None:
@@ -136,18 +176,18 @@ def _samples(data: Dataset, single: bool) -> Iterator[Batch]:
             yield Batch(f"{batch.name}[{row}]", feeds)
 
 
-def save(model: ir.Model, path: Path, key: str) -> None:
-    """Write the statistics of all observed values to an `.npz` file under the model's `key`."""
-    values = _observed(model)
+def save(model: ir.Model, path: Path, key: str, store: Store | None = None) -> None:
+    """Write the statistics of all observed values to an `.npz` file under the model's `key`; those of `store`, too."""
+    found: Store = dict(store or {})
+    found.update({(str(v.name), kind): statistic for v in _observed(model) for kind, statistic in _statistics(v)})
     names: list[str] = []
     kinds: list[str] = []
     arrays: dict[str, Any] = {}
-    for value in values:
-        for kind, statistic in _statistics(value):
-            for part, array in statistic.state().items():
-                arrays[f"{len(names)}.{part}"] = array
-            names.append(str(value.name))
-            kinds.append(kind)
+    for (name, kind), statistic in found.items():
+        for part, array in statistic.state().items():
+            arrays[f"{len(names)}.{part}"] = array
+        names.append(name)
+        kinds.append(kind)
     header: dict[str, Any] = {
         "qgraph": np.array([_VERSION]),
         "model": np.array(key),
@@ -204,7 +244,7 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
 
 def _observed(model: ir.Model) -> list[ir.Value]:
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-    return [v for v in values if OBSERVER in v.meta or MEANS in v.meta]
+    return [v for v in values if OBSERVER in v.meta or MEANS in v.meta or STATISTICS in v.meta]
 
 
 def _statistics(value: ir.Value) -> Iterator[tuple[str, Observer | ChannelMean]]:

@@ -1,0 +1,201 @@
+"""QuantizeLinear(W) -> codes rounded together, so that a layer's output errs less than with each rounded to nearest.
+
+The error counted is the one behind the layer's own quantized inputs, over all the data: `tr(E H E^T)` with `H` their
+second moment. `qgraph.rounding` has the algorithm and the papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from qgraph.passes.calibrate_weights import INPUT, WEIGHT
+from qgraph.passes.survey import CHANNELS
+
+from qgraph import calibration, graph
+from qgraph.calibration import STATISTICS
+from qgraph.data import Dataset
+from qgraph.observers.sample import Patches
+from qgraph.observers.second_moment import Grid, SecondMoment, patches_of
+from qgraph.qparams import QParams
+from qgraph.rounding import round_together
+
+__all__ = ["CODES", "RoundWeights"]
+
+CODES = "qgraph.codes"
+"""Key in `Node.meta`: codes of the node's weight, an array of the weight's shape, instead of the nearest ones."""
+
+_DAMPING = 0.01
+"""Share of the mean power of the inputs that is added to each: what the data has not shown may still happen."""
+
+Codes: TypeAlias = "dict[tuple[str, bytes], NDArray[Any]]"
+_Key: TypeAlias = "tuple[ir.Value, Patches | None, int]"
+
+
+class RoundWeights(ir.passes.InPlacePass):
+    """Writes `Node.meta["qgraph.codes"]` on layers whose weights have parameters per tensor or per axis.
+
+    Args:
+        data: the calibration data.
+        folder: where the model's external tensors lie.
+        budget: bytes that the observed values of one run may take, and as many again the second moments: layers are
+            done in several passes over the data. To solve for one layer takes about three times its moment.
+        progress: called with ("rounding", runs done, runs in all), anew for each pass over the data.
+        store: codes found earlier on the same model and data, used and added to.
+
+    Attributes:
+        refused: node -> why its weights are rounded to nearest.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        folder: Path | None = None,
+        budget: int = calibration.DEFAULT_BUDGET,
+        progress: Callable[[str, int, int], None] | None = None,
+        store: Codes | None = None,
+    ):
+        super().__init__()
+        self.data = data
+        self.folder = folder
+        self.budget = budget
+        self.progress = progress
+        self.store: Codes = {} if store is None else store
+        self.refused: dict[str, str] = {}
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place; only meta is written."""
+        self.refused = {}
+        for part in self._parts(self._layers(model)):
+            for key, nodes in part.items():
+                source, patches, groups = key
+                statistic = SecondMoment(_grid(nodes[0]), patches, groups)
+                source.meta.setdefault(STATISTICS, {})[patches, groups] = statistic
+            calibration.observe(model, self.data, self.folder, self.budget, self._report)
+            found = {key: key[0].meta[STATISTICS].pop(key[1:]) for key in part}
+            for source, _, _ in part:
+                if not source.meta.get(STATISTICS, True):
+                    del source.meta[STATISTICS]
+            for key, nodes in part.items():
+                _round(nodes, found.pop(key))
+                self.store.update({_identity(node): node.meta[CODES] for node in nodes if CODES in node.meta})
+        return ir.passes.PassResult(model, False)
+
+    def _layers(self, model: ir.Model) -> dict[_Key, list[ir.Node]]:
+        """Layers by what they read and how they look at it; each such has one second moment."""
+        layers: dict[_Key, list[ir.Node]] = {}
+        reads: dict[ir.Value, _Key] = {}
+        for node in model.graph:
+            source, weight = (node.inputs[0], node.inputs[1]) if WEIGHT in node.meta else (None, None)
+            if source is None or weight is None or (INPUT not in node.meta and CHANNELS not in node.meta):
+                continue
+            if (known := self.store.get(_identity(node))) is not None:
+                node.meta[CODES] = known
+                continue
+            key = (source, patches_of(node), node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1)
+            if reads.setdefault(weight, key) != key:
+                self.refused[graph.label(node)] = "its weight, shared with layers that read something else, stays one"
+                for other in layers.get(reads[weight], []):
+                    if other.inputs[1] is weight:
+                        self.refused[graph.label(other)] = self.refused[graph.label(node)]
+                continue
+            layers.setdefault(key, []).append(node)
+        kept = {k: [n for n in nodes if graph.label(n) not in self.refused] for k, nodes in layers.items()}
+        return {key: nodes for key, nodes in kept.items() if nodes}
+
+    def _parts(self, layers: dict[_Key, list[ir.Node]]) -> Iterator[dict[_Key, list[ir.Node]]]:
+        """As many second moments at a time as the budget holds."""
+        part: dict[_Key, list[ir.Node]] = {}
+        size = 0
+        for key, nodes in layers.items():
+            groups, inputs, _ = _dimensions(nodes[0])
+            need = 8 * groups * inputs * inputs
+            if need > self.budget:
+                reason = (
+                    f"the second moment of its {inputs} inputs takes {need >> 20} MiB, more than the memory allowed"
+                )
+                self.refused.update((graph.label(node), reason) for node in nodes)
+                continue
+            if part and size + need > self.budget:
+                yield part
+                part, size = {}, 0
+            part[key] = nodes
+            size += need
+        if part:
+            yield part
+
+    def _report(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress("rounding", done, total)
+
+
+def _identity(node: ir.Node) -> tuple[str, bytes]:
+    """The layer and all that its codes depend on besides the data."""
+    weight: QParams = node.meta[WEIGHT]
+    activation: QParams | None = node.meta.get(INPUT)
+    parts = [weight.scale.tobytes()]
+    if activation is not None:
+        parts += [activation.scale.tobytes(), activation.zero_point.tobytes()]
+    return node.name or "", b"".join(parts)
+
+
+def _grid(node: ir.Node) -> Grid:
+    """The layer's own codes where its input has a calibrated range, else 12 bits for each channel."""
+    if INPUT in node.meta:
+        return Grid.of(node.meta[INPUT])
+    low, high = node.meta[CHANNELS]
+    return Grid.covering(np.maximum(-low, high))
+
+
+def _dimensions(node: ir.Node) -> tuple[int, int, int]:
+    """(groups, inputs of each, outputs of each)."""
+    shape = graph.run_shape(node.inputs[1])
+    assert shape is not None, "a constant"
+    if node.op_type == "Conv":
+        groups = node.attributes.get_int("group", 1)
+        return groups, int(np.prod(shape[1:])), shape[0] // groups
+    return (1, shape[1], shape[0]) if node.attributes.get_int("transB", 0) else (1, shape[0], shape[1])
+
+
+def _round(nodes: list[ir.Node], seen: SecondMoment) -> None:
+    """Codes of all layers that multiply what `seen` has seen."""
+    moment = seen.moment()
+    if moment is None:
+        return
+    del seen
+    diagonal = np.einsum("gii->gi", moment)
+    diagonal += _DAMPING * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    done: dict[tuple[ir.Value, bytes], NDArray[Any]] = {}
+    for node in nodes:
+        params: QParams = node.meta[WEIGHT]
+        weight = node.inputs[1]
+        assert weight is not None
+        key = weight, params.scale.tobytes()
+        if key not in done:
+            done[key] = _codes(node, weight, params, moment)
+        node.meta[CODES] = done[key]
+
+
+def _codes(node: ir.Node, weight: ir.Value, params: QParams, moment: NDArray[np.float64]) -> NDArray[Any]:
+    """Of the weight's shape, in the format's storage type."""
+    array = graph.constant(weight)
+    assert array is not None
+    groups, inputs, outputs = _dimensions(node)
+    scale = params.scale
+    if params.axis is not None:
+        scale = scale.reshape([-1 if i == params.axis % array.ndim else 1 for i in range(array.ndim)])
+    scaled = np.divide(array, scale, dtype=np.float32)
+    del array
+    graph.release(weight)
+    shape = scaled.shape
+    last = node.op_type == "Conv" or bool(node.attributes.get_int("transB", 0))
+    rows = (
+        scaled.reshape(groups, outputs, inputs).transpose(0, 2, 1) if last else scaled.reshape(groups, inputs, outputs)
+    )
+    codes = round_together(rows, moment, params.format.lowest, params.format.highest)
+    codes = codes.transpose(0, 2, 1) if last else codes
+    return np.ascontiguousarray(codes).reshape(shape).astype(params.format.storage.numpy())

@@ -1,0 +1,255 @@
+"""The factor of each channel that leaves the least error behind the weights, chosen by measurement.
+
+Candidates are s = max(A, t)^a / B^b of each channel's largest magnitude A and its largest share B of a weight's range:
+t = 0 with b = 1 - a is SmoothQuant (Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for
+Large Language Models", 2023, equation 4), a = b = 1/2 cross-layer equalization (Nagel et al., "Data-Free Quantization
+Through Weight Equalization and Bias Correction", 2019, section 4.1), a = 1 with t > 0 takes back outliers and nothing
+else. No scaling at all is a candidate, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qgraph import graph
+from qgraph.qparams import QParams, from_range
+from qgraph.spec import PerAxis, QuantSpec
+
+__all__ = ["Balance", "Reader", "search"]
+
+Array = NDArray[np.float32]
+Scales = NDArray[np.float64]
+_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12)
+"""Shares of the full range that are tried for activations."""
+_SAMPLES, _COLUMNS = 128, 192
+"""Rows of the sample, and output channels of a layer, on which the error is measured."""
+_ROWS = 64
+"""Rows of the sample on which the range of activations is chosen."""
+_POWERS = (0.5, 0.7, 0.85, 1.0)
+_QUANTILES = (0.0, 0.5, 0.9, 0.99)
+_WEIGHT_POWERS = (0.0, 0.5)
+_REFINED = ((0.08, 0.0, 0.0), (0.0, 0.04, 0.0), (0.0, 0.0, 0.2))
+"""Steps around the best of the grid, in the power, in the quantile and in the power of the weights."""
+_FLOOR = (1e-4, 0.05)
+"""The least magnitude that is taken for real: of the largest, and of the lower quartile. Quieter ones may wake up."""
+
+
+class Reader:
+    """A layer that reads scaled channels, with all that its error is measured on.
+
+    Args:
+        node: Conv, MatMul or Gemm with a constant weight, which is read once.
+        sample: some of its input, [n, channels] or [n, channels, kernel...].
+        bounds: smallest and largest value of each input channel over all the data, [channels] each.
+        index: number of each input channel among those of its group, [channels].
+        activation: how its input will be quantized; None when it stays in float.
+        weight: how its weight will be.
+        relative: whether each output channel's error counts relative to that channel's power: when the channels behind
+            may be scaled as well, their sizes mean nothing.
+    """
+
+    def __init__(
+        self,
+        node: ir.Node,
+        sample: Array,
+        bounds: tuple[Array, Array],
+        index: NDArray[np.intp],
+        activation: QuantSpec | None,
+        weight: QuantSpec,
+        relative: bool,
+    ):
+        self.node, self.index = node, index
+        self._activation, self._weight = activation, weight
+        self._low, self._high = bounds
+        self._groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
+        # As [samples, channels, taps] and [made, channels in a group, taps], whatever the layer.
+        self._sample = sample[:_SAMPLES].reshape(-1, sample.shape[1], math.prod(sample.shape[2:]))
+        array = np.asarray(graph.constant(node.inputs[1]), np.float32)
+        if node.op_type != "Conv" and not node.attributes.get_int("transB", 0):
+            array = array.T
+        step = max(1, len(array) // _COLUMNS) if self._groups == 1 else 1
+        self._weights = np.array(array[::step].reshape(-1, *array.shape[1:2], math.prod(array.shape[2:])))
+        del array
+        graph.release(node.inputs[1])
+        self._wanted = self._product(self._sample, self._weights)
+        self._biased = _has_bias(node)
+        self._middle = self._wanted.mean(axis=0, keepdims=True)
+        square = np.square(self._wanted, dtype=np.float64)
+        power = square.mean(axis=0)
+        silent = max(1e-9 * float(power.max(initial=0)), float(np.finfo(np.float32).tiny))
+        self._columns = 1.0 / np.maximum(power, silent) if relative else np.ones_like(power)
+        row = square @ self._columns
+        self._rows = np.ones_like(row)
+        if node.op_type != "Conv":
+            # A norm behind gives each row the same say: one with a thousand times the power must not drown the others.
+            self._rows = 1.0 / np.maximum(row + np.median(row), silent)
+        self._signal = max(float(row @ self._rows), silent)
+
+    @property
+    def magnitudes(self) -> Array:
+        """Largest magnitude of each input channel over all the data, [channels]."""
+        return np.asarray(np.maximum(np.abs(self._low), np.abs(self._high)))
+
+    @property
+    def shares(self) -> Array:
+        """Largest share of an output channel's weight range that each input channel takes, [channels], 0 to 1."""
+        size = np.abs(self._weights).max(axis=2)
+        size = size / np.maximum(size.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        return np.asarray(size.reshape(self._groups, -1, size.shape[1]).max(axis=1).reshape(-1), np.float32)
+
+    def _product(self, x: Array, w: Array) -> Array:
+        if self._groups == 1:
+            return np.asarray(x.reshape(len(x), -1) @ w.reshape(len(w), -1).T)
+        left = x.reshape(len(x), self._groups, -1).transpose(1, 0, 2)
+        right = w.reshape(self._groups, len(w) // self._groups, -1).transpose(0, 2, 1)
+        return np.asarray(np.matmul(left, right).transpose(1, 0, 2).reshape(len(x), -1))
+
+    def error(self, scale: Scales) -> float:
+        """Noise over signal at the output when the group's channels have these factors."""
+        factors = scale[self.index].astype(np.float32)
+        x = self._sample / factors[:, None]
+        if self._activation is not None:
+            _quantize(x, float((self._low / factors).min()), float((self._high / factors).max()), self._activation)
+        rows = np.repeat(factors.reshape(self._groups, -1), len(self._weights) // self._groups, axis=0)
+        w = self._weights * rows[:, :, None]
+        axes = (1, 2) if isinstance(self._weight.granularity, PerAxis) else None
+        _round(w, from_range(w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True), self._weight))
+        found = self._product(x, w)
+        if self._biased:
+            # What the weights' rounding adds on average is taken out of the bias later.
+            mean = (self._sample / factors[:, None]).mean(axis=0, keepdims=True)
+            found -= self._product(mean, w) - self._middle
+        found -= self._wanted
+        noise = np.square(found, dtype=np.float64)
+        return float(self._rows @ noise @ self._columns) / self._signal
+
+
+def _has_bias(node: ir.Node) -> bool:
+    """Whether the layer has a constant bias, its own or added behind it."""
+    if len(node.inputs) > 2:
+        return graph.has_constant(node.inputs[2])
+    users = node.outputs[0].consumers()
+    return len(users) == 1 and graph.is_standard(users[0], "Add") and any(map(graph.has_constant, users[0].inputs))
+
+
+def _quantize(x: Array, low: float, high: float, spec: QuantSpec) -> None:
+    """Round `x` in place, in that share of its range that leaves the least squared error on a few rows."""
+    best, least = from_range(low, high, spec), math.inf
+    few = x[:_ROWS]
+    for share in _SHARES:
+        params = from_range(low * share, high * share, spec)
+        found = few.copy()
+        _round(found, params)
+        found -= few
+        loss = float(np.vdot(found, found))
+        if loss > least:
+            break
+        best, least = params, loss
+    _round(x, best)
+
+
+def _round(array: Array, params: QParams) -> None:
+    """`qparams.fake_quantize` of an array whose shape the scales broadcast to, in place."""
+    low = (params.format.lowest - params.zero_point).astype(np.float32)
+    high = (params.format.highest - params.zero_point).astype(np.float32)
+    array /= params.scale
+    np.rint(array, out=array)
+    np.clip(array, low, high, out=array)
+    array *= params.scale
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Balance:
+    """What a search found.
+
+    Attributes:
+        scale: factor of each channel, positive float64 [channels].
+        before: signal over noise without it, dB, over all readers.
+        after: with it.
+    """
+
+    scale: Scales
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """What it gains, dB."""
+        return self.after - self.before
+
+
+def search(readers: list[Reader], free: NDArray[np.bool_]) -> Balance:
+    """The best factors for a group of channels; all ones where nothing is better.
+
+    Args:
+        readers: the layers whose error counts, at least one.
+        free: channels that may be scaled, [channels].
+    """
+    magnitude = np.zeros(free.size)
+    share = np.zeros(free.size)
+    for reader in readers:
+        np.maximum.at(magnitude, reader.index, reader.magnitudes)
+        np.maximum.at(share, reader.index, reader.shares)
+    chosen = free & (magnitude > 0)
+    scale = np.ones(free.size)
+    before = _error(readers, scale)
+    if not chosen.any() or before <= 0.0:
+        return Balance(scale, _decibels(before), _decibels(before))
+    family = _Family(magnitude, share, chosen)
+    tried: dict[tuple[float, float, float], float] = {}
+
+    def loss(point: tuple[float, float, float]) -> float:
+        if point not in tried:
+            tried[point] = _error(readers, family.scale(*point))
+        return tried[point]
+
+    best = min(itertools.product(_POWERS, _QUANTILES, _WEIGHT_POWERS[:1]), key=loss)
+    best = min(((best[0], best[1], power) for power in _WEIGHT_POWERS), key=loss)
+    for step in _REFINED:
+        for sign in (1, -1):
+            there = tuple(round(p + sign * s, 3) for p, s in zip(best, step, strict=True))
+            point = (max(there[0], 0.0), min(max(there[1], 0.0), 1.0), max(there[2], 0.0))
+            if loss(point) < tried[best]:
+                best = point
+                break
+    if tried[best] < before:
+        return Balance(family.scale(*best), _decibels(before), _decibels(tried[best]))
+    return Balance(scale, _decibels(before), _decibels(before))
+
+
+class _Family:
+    """The candidates, at a level that suits the channels that are not scaled."""
+
+    def __init__(self, magnitude: Scales, share: Scales, chosen: NDArray[np.bool_]):
+        seen = magnitude[chosen]
+        least = max(_FLOOR[0] * float(seen.max()), _FLOOR[1] * float(np.quantile(seen, 0.25)))
+        self._magnitude = np.maximum(magnitude, least)
+        self._share = np.maximum(share, 1e-3)
+        self._chosen = chosen
+        rest = magnitude[~chosen]
+        self._level = float(rest.max(initial=0.0))
+
+    def scale(self, power: float, quantile: float, weight_power: float) -> Scales:
+        """[channels]; 1 for those that are not scaled."""
+        floor = np.quantile(self._magnitude[self._chosen], quantile) if quantile else 0.0
+        found = np.maximum(self._magnitude, floor) ** power / self._share**weight_power
+        if self._level > 0.0:
+            # The scaled channels shall reach as far as the others do.
+            found *= float((self._magnitude / found)[self._chosen].max()) / self._level
+        else:
+            found /= math.exp(float(np.log(found[self._chosen]).mean()))
+        return np.where(self._chosen, found, 1.0)
+
+
+def _error(readers: list[Reader], scale: Scales) -> float:
+    return sum(reader.error(scale) for reader in readers) / len(readers)
+
+
+def _decibels(error: float) -> float:
+    return -10 * math.log10(error) if error > 0.0 else math.inf

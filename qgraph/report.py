@@ -10,7 +10,22 @@ from typing import Any
 
 from qgraph.errors import ModelError
 
-__all__ = ["Fidelity", "Footprint", "Latency", "Layer", "NodeReport", "OutputError", "Report", "Speed", "Step"]
+__all__ = [
+    "Budget",
+    "Candidate",
+    "Fidelity",
+    "Footprint",
+    "Latency",
+    "Layer",
+    "NodeReport",
+    "OperatorTime",
+    "OutputError",
+    "Report",
+    "Sensitivity",
+    "Speed",
+    "Step",
+    "ValueHistogram",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +46,14 @@ class NodeReport:
         op_type: its operator.
         kernel: operator of the integer kernel that the runtime runs it in; None in float.
         reason: why it is in float; None in integers.
+        scheme: scheme of its kernel; None in float.
     """
 
     name: str
     op_type: str
     kernel: str | None = None
     reason: str | None = None
+    scheme: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +65,14 @@ class OutputError:
         cosine: mean over samples of the cosine similarity.
         max_error: largest absolute difference.
         agreement: share of samples with the same largest element, where the output looks like class scores; else None.
+        spread: how much the samples differ in what they lose of the cosine: standard deviation over mean.
     """
 
     sqnr: float
     cosine: float
     max_error: float
     agreement: float | None = None
+    spread: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +105,7 @@ class Fidelity:
     @property
     def worst(self) -> OutputError:
         """The output with the lowest SQNR."""
-        return min(self.outputs.values(), key=lambda o: o.sqnr)
+        return min(self.outputs.values(), key=lambda o: -math.inf if math.isnan(o.sqnr) else o.sqnr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +149,95 @@ class Footprint:
     resident: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What the result may lose.
+
+    Attributes:
+        metric: what loss is measured by.
+        limit: the largest loss allowed, in the metric's own unit.
+        text: the budget in the user's words, as "cosine >= 0.99".
+    """
+
+    metric: str
+    limit: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One assignment of schemes to nodes that the search built and measured.
+
+    Attributes:
+        name: short label, unique within a report.
+        nodes: scheme -> number of nodes in it; nodes without a kernel are not counted.
+        loss: under the budget's metric; None when it was not measured.
+        sqnr: of the worst output, dB; None when it was not measured.
+        speed: threads (as text) -> times faster than the original.
+        disk: bytes.
+        verdict: "chosen", "within", "loses too much", "slower", or why it could not be had.
+    """
+
+    name: str
+    nodes: dict[str, int]
+    loss: float | None
+    sqnr: float | None
+    speed: dict[str, float]
+    disk: int | None
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What one node costs and brings in one scheme.
+
+    Attributes:
+        node: its name.
+        op_type: its operator.
+        scheme: the scheme.
+        noise: share of the worst output's power that quantizing this node alone turns into noise.
+        exact: measured end to end; otherwise estimated from the node's own output.
+        saved: seconds that the kernel saves on one thread, by estimate or profile.
+    """
+
+    node: str
+    op_type: str
+    scheme: str
+    noise: float
+    exact: bool
+    saved: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueHistogram:
+    """Distribution of one quantized activation, and where its range was cut.
+
+    Attributes:
+        value: its name.
+        edges: bin edges, ascending, one more than counts.
+        counts: values in each bin.
+        low: smallest number that the codes reach.
+        high: largest.
+        sqnr: of the value in the result, dB.
+    """
+
+    value: str
+    edges: list[float]
+    counts: list[int]
+    low: float
+    high: float
+    sqnr: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OperatorTime:
+    """Seconds per run that all nodes of one operator took, as the runtime profiled them on one thread."""
+
+    op_type: str
+    before: float
+    after: float
+
+
 @dataclasses.dataclass
 class Report:
     """Everything about one optimization."""
@@ -148,6 +256,11 @@ class Report:
     speed: list[Speed] = dataclasses.field(default_factory=list[Speed])
     before: Footprint | None = None
     after: Footprint | None = None
+    budget: Budget | None = None
+    candidates: list[Candidate] = dataclasses.field(default_factory=list[Candidate])
+    sensitivity: list[Sensitivity] = dataclasses.field(default_factory=list[Sensitivity])
+    histograms: list[ValueHistogram] = dataclasses.field(default_factory=list[ValueHistogram])
+    operators: list[OperatorTime] = dataclasses.field(default_factory=list[OperatorTime])
 
     @property
     def quantized(self) -> list[NodeReport]:

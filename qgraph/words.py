@@ -1,0 +1,30 @@
+"""Numbers in words: the units in which the terminal and the page say the same things."""
+
+from __future__ import annotations
+
+__all__ = ["decibels", "milliseconds", "size", "times"]
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, three digits; as seconds from one on."""
+    return f"{seconds * 1e3:.3g} ms" if abs(seconds) < 1 else f"{seconds:.2f} s"
+
+
+def decibels(value: float) -> str:
+    """A signal to noise ratio; infinite is no noise at all."""
+    return "identical" if value == float("inf") else f"{value:.1f} dB"
+
+
+def times(ratio: float) -> str:
+    """A ratio of times, before / after."""
+    return f"{ratio:.2f}x {'faster' if ratio >= 1 else 'slower'}"

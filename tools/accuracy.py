@@ -1,33 +1,39 @@
-"""What the numbers mean for the task: top-1 on labels, or agreement of a detector's anchors.
+"""What the numbers mean for the task: top-1, bits per byte, nearest neighbours, or agreement of a detector's anchors.
 
     python tools/accuracy.py top1 MODEL... --data evaluation.npz --labels labels.npz
+    python tools/accuracy.py bits MODEL... --data evaluation.npz
+    python tools/accuracy.py neighbours ORIGINAL OTHER... --data evaluation.npz
     python tools/accuracy.py anchors ORIGINAL OTHER --data evaluation.npz
 
-`top1` counts samples whose largest output is the label (labels below zero are left out). `anchors` takes a detector
-with outputs `scores` [N, anchors, 2] and `boxes` [N, anchors, 4] (x1, y1, x2, y2): the intersection over union of the
-sets of anchors whose score exceeds the threshold, and the mean intersection over union of their boxes.
+`top1` counts samples whose largest output is the label (labels below zero are left out). `bits` takes a byte-level
+language model with output [N, length, 256]. `neighbours` takes an encoder with an input `attention_mask` and output
+[N, length, width]: the mean cosine of its mean-pooled embeddings to the original's, and the share of samples with the
+same nearest other sample. `anchors` takes a detector with outputs `scores` [N, anchors, 2] and `boxes` [N, anchors, 4]
+(x1, y1, x2, y2): the intersection over union of the sets of anchors whose score exceeds the threshold, and the mean
+intersection over union of their boxes.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 import numpy as np
-from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from comparison import METRICS, Arrays, joined, outputs
 
 from qgraph import data, modelio
-from qgraph.session import Session
+from qgraph.data import Dataset
 
 _FILE = click.Path(path_type=Path, exists=True)
 
 
-def outputs(model: Path, source: Path) -> dict[str, NDArray[np.float32]]:
-    """All outputs on all samples, joined along axis 0."""
-    loaded = data.load(source, data.inputs_of(modelio.read(model)))
-    with Session(model) as session:
-        runs = [session.run(batch.feeds) for batch in loaded]
-    return {name: np.concatenate([run[name] for run in runs]) for name in runs[0]}
+def dataset(model: Path, source: Path) -> Dataset:
+    """The evaluation data, checked against the model's inputs."""
+    return data.load(source, data.inputs_of(modelio.read(model)))
 
 
 @click.group()
@@ -36,18 +42,41 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("models", nargs=-1, type=_FILE)
+@click.argument("models", nargs=-1, type=_FILE, required=True)
 @click.option("--data", "source", required=True, type=_FILE)
 @click.option("--labels", required=True, type=_FILE)
 def top1(models: tuple[Path, ...], source: Path, labels: Path) -> None:
     """Share of samples whose largest output is the label."""
     with np.load(labels) as stored:
-        truth = stored[stored.files[0]]
+        _say("top1", models, source, stored[stored.files[0]])
+
+
+@main.command()
+@click.argument("models", nargs=-1, type=_FILE, required=True)
+@click.option("--data", "source", required=True, type=_FILE)
+def bits(models: tuple[Path, ...], source: Path) -> None:
+    """Bits per byte of a language model."""
+    _say("bits", models, source)
+
+
+@main.command()
+@click.argument("original", type=_FILE)
+@click.argument("others", nargs=-1, type=_FILE, required=True)
+@click.option("--data", "source", required=True, type=_FILE)
+def neighbours(original: Path, others: tuple[Path, ...], source: Path) -> None:
+    """Likeness of sentence embeddings to the original's."""
+    _say("neighbours", (original, *others), source)
+
+
+def _say(task: str, models: tuple[Path, ...], source: Path, labels: np.ndarray | None = None) -> None:
+    """A task's metric for each model, the first of which is the original where the metric needs one."""
+    samples = dataset(models[0], source)
+    feeds = joined(batch.feeds for batch in samples)
+    original: Arrays | None = None
     for model in models:
-        logits = next(iter(outputs(model, source).values()))
-        known = truth >= 0
-        hits = logits.argmax(axis=1)[known] == truth[known]
-        click.echo(f"{model.name}: {hits.mean():.2%} ({hits.sum()} of {hits.size})")
+        found = outputs(model, samples)
+        original = found if original is None else original
+        click.echo(f"{model.name}: {METRICS[task](feeds, labels, original, found)}")
 
 
 @main.command()
@@ -57,7 +86,8 @@ def top1(models: tuple[Path, ...], source: Path, labels: Path) -> None:
 @click.option("--threshold", default=0.7, show_default=True)
 def anchors(original: Path, other: Path, source: Path, threshold: float) -> None:
     """Agreement of a detector's anchors."""
-    a, b = outputs(original, source), outputs(other, source)
+    samples = dataset(original, source)
+    a, b = outputs(original, samples), outputs(other, samples)
     chosen, kept = a["scores"][..., 1] > threshold, b["scores"][..., 1] > threshold
     both = chosen & kept
     p, q = a["boxes"][both].astype(np.float64), b["boxes"][both].astype(np.float64)

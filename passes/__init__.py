@@ -6,13 +6,29 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
+from qgraph.passes.equalize import Equalize
+from qgraph.passes.fit_ranges import FitRanges
+from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
+from qgraph.passes.fuse_rotary import FuseRotary
+from qgraph.passes.group_heads import GroupHeads
+from qgraph.passes.insert_blocks import InsertBlocks
+from qgraph.passes.insert_dynamic import InsertDynamic
+from qgraph.passes.insert_dynamic_lstm import InsertDynamicLSTM
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.insert_rows import InsertRows
+from qgraph.passes.join_bias import JoinBias
 from qgraph.passes.measure_shapes import MeasureShapes
+from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.recognize import Recognize
+from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
+from qgraph.passes.round_weights import RoundWeights
+from qgraph.passes.smooth import Smooth
+from qgraph.passes.survey import Survey
 
 __all__ = [
     "Annotate",
@@ -21,11 +37,27 @@ __all__ = [
     "CalibrateWeights",
     "Canonicalize",
     "CorrectBias",
+    "Equalize",
+    "FitRanges",
+    "FoldShapes",
     "FoldWeights",
     "FuseLayers",
+    "FuseRotary",
+    "GroupHeads",
+    "InsertBlocks",
+    "InsertDynamic",
+    "InsertDynamicLSTM",
     "InsertObservers",
     "InsertQDQ",
+    "InsertRows",
+    "JoinBias",
     "MeasureShapes",
+    "NanGuard",
+    "PlainTranspose",
     "Recognize",
+    "RecognizeNorm",
     "ResidualNorm",
+    "RoundWeights",
+    "Smooth",
+    "Survey",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
@@ -9,57 +11,174 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
+from qgraph.passes.equalize import Equalize
+from qgraph.passes.fit_ranges import FitRanges
+from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
+from qgraph.passes.fuse_rotary import FuseRotary
+from qgraph.passes.group_heads import GroupHeads
+from qgraph.passes.insert_blocks import InsertBlocks
+from qgraph.passes.insert_dynamic import InsertDynamic
+from qgraph.passes.insert_dynamic_lstm import InsertDynamicLSTM
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
+from qgraph.passes.insert_rows import InsertRows
+from qgraph.passes.join_bias import JoinBias
 from qgraph.passes.measure_shapes import MeasureShapes
+from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.recognize import Recognize
+from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
+from qgraph.passes.round_weights import RoundWeights
+from qgraph.passes.smooth import Smooth
+from qgraph.passes.survey import Survey
 
 from qgraph.errors import OptionError
 from qgraph.pipeline import Context, Pipeline
+from qgraph.spec import Mixture
 
-__all__ = ["plan", "static"]
+__all__ = ["assign", "float_only", "plan", "prepare", "quantize", "scale", "static", "survey", "write"]
+
+
+def float_only(context: Context) -> Pipeline:
+    """The float graph as the target runs it fastest; no number is quantized."""
+    return Pipeline(*_rewrite(context), progress=context.progress)
 
 
 def plan(context: Context) -> Pipeline:
     """Everything up to the decision what to quantize; nothing is calibrated or changed in its numbers."""
-    return Pipeline(*_prepare(context), progress=context.progress)
+    return Pipeline(*_rewrite(context), *_measure(context), *_annotate(context), progress=context.progress)
 
 
-def static(context: Context) -> Pipeline:
-    """Static post-training quantization: ranges of activations are fixed from calibration data."""
-    if context.data is None:
-        raise OptionError("Static quantization needs calibration data: a few dozen typical inputs (--data).")
+def prepare(context: Context) -> Pipeline:
+    """The first half of `quantize`: all that does not depend on which nodes are quantized, and to what."""
+    passes = [*_rewrite(context), *_measure(context), *_survey(context), *_scale(context)]
+    return Pipeline(*passes, progress=context.progress)
+
+
+def survey(context: Context) -> Pipeline:
+    """The start of `prepare`: up to where channels would be scaled."""
+    return Pipeline(*_rewrite(context), *_measure(context), *_survey(context), progress=context.progress)
+
+
+def scale(context: Context) -> Pipeline:
+    """The rest of `prepare`: channels scaled as the context's smoothing says."""
+    return Pipeline(*_scale(context), progress=context.progress)
+
+
+def assign(context: Context) -> Pipeline:
+    """The decision alone, on a prepared model."""
+    return Pipeline(*_annotate(context), progress=context.progress)
+
+
+def write(context: Context) -> Pipeline:
+    """The second half of `quantize`: decide, calibrate, write."""
+    return Pipeline(*_annotate(context), *_write(context), progress=context.progress)
+
+
+def quantize(context: Context) -> Pipeline:
+    """Post-training quantization: static, dynamic, weight-only, or mixed, as the scheme says."""
     return Pipeline(
-        *_prepare(context),
-        InsertObservers(context.observer),
-        Calibrate(
-            context.data,
-            context.folder,
-            context.budget,
-            context.ranges,
-            context.save_ranges,
-            context.progress,
-        ),
-        CalibrateWeights(),
-        CorrectBias(),
-        InsertQDQ(context.target),
-        FoldWeights(),
+        *_rewrite(context),
+        *_measure(context),
+        *_survey(context),
+        *_scale(context),
+        *_annotate(context),
+        *_write(context),
         progress=context.progress,
     )
 
 
-def _prepare(context: Context) -> list[ir.passes.PassBase]:
-    """The graph as the target likes it, and an annotation on each value."""
-    measure = [] if context.data is None else [MeasureShapes(context.data, context.folder)]
+def static(context: Context) -> Pipeline:
+    """`quantize` for schemes whose activations have ranges fixed from calibration data."""
+    if context.data is None:
+        raise OptionError("Static quantization needs calibration data: a few dozen typical inputs (--data).")
+    return quantize(context)
+
+
+def _rewrite(context: Context) -> list[ir.passes.PassBase]:
+    """The same numbers in the graph that the target likes."""
     return [
         Canonicalize(context.target.min_opset),
         FuseLayers(),
-        Recognize(),
+        FoldShapes(),
+        Recognize(context.target),
+        RecognizeNorm(context.target),
+        FuseRotary(context.target),
+        NanGuard(),
+        PlainTranspose(),
+        FoldShapes(),
+        GroupHeads(),
         BiasForm(),
         ResidualNorm(context.target),
-        *measure,
-        Annotate(context.target, context.scheme, context.keep_float, context.refused, context.measured),
+    ]
+
+
+def _measure(context: Context) -> list[ir.passes.PassBase]:
+    """Sizes, by which kernels are priced."""
+    return [] if context.data is None else [MeasureShapes(context.data, context.folder)]
+
+
+def _survey(context: Context) -> list[ir.passes.PassBase]:
+    """What layers read, to choose by the error behind them."""
+    if context.data is None or not context.scheme.parts:
+        return []
+    return [Survey(context.data, context.folder, context.budget, context.progress)]
+
+
+def _scale(context: Context) -> list[ir.passes.PassBase]:
+    """Numbers that are easier to quantize; in float they stay equal."""
+    static = next((part for part in context.scheme.parts if part.static), None)
+    # Ranges that are saved are those of the model itself.
+    saved = context.ranges is not None or context.save_ranges is not None
+    if context.data is None or static is None or saved or context.smoothing == "none":
+        return []
+    explicit = context.smoothing == "explicit"
+    return [Equalize(context.target, static), Smooth(context.target, static, explicit)]
+
+
+def _annotate(context: Context) -> list[ir.passes.PassBase]:
+    """A kernel on each node that pays, a reason on the others."""
+    scheme = context.scheme
+    if context.data is None and isinstance(scheme, Mixture):
+        scheme = dataclasses.replace(scheme, parts=tuple(part for part in scheme.parts if not part.static))
+    return [
+        Annotate(
+            context.target,
+            scheme,
+            context.keep_float,
+            context.refused,
+            context.measured,
+            context.choices,
+            context.prices,
+            context.data is not None,
+        )
+    ]
+
+
+def _write(context: Context) -> list[ir.passes.PassBase]:
+    """Ranges, roundings, and the graph in the form of the kernels."""
+    if context.data is None and not isinstance(context.scheme, Mixture) and context.scheme.static:
+        raise OptionError(f"Scheme {context.scheme.name!r} needs calibration data: a few dozen typical inputs.")
+    observe: list[ir.passes.PassBase] = []
+    learn: list[ir.passes.PassBase] = []
+    if context.data is not None:
+        data = (context.data, context.folder, context.budget)
+        calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
+        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if context.learn else [])]
+        learn = [RoundWeights(*data, context.progress, context.codes)] if context.learn else []
+    return [
+        *observe,
+        CalibrateWeights(),
+        *learn,
+        CorrectBias(),
+        InsertQDQ(context.target),
+        InsertDynamic(),
+        InsertDynamicLSTM(),
+        InsertBlocks(),
+        InsertRows(),
+        FoldWeights(),
+        JoinBias(context.target),
     ]

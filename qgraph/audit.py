@@ -20,6 +20,7 @@ from qgraph.targets import KERNEL, Kernel, Target
 __all__ = ["Audit", "Plan", "audit", "original_name", "plan_of"]
 
 _INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "QAttention")
+_OURS = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
 _MARKS = re.compile(r"(_token_\d+|_nchwc|_nhwc|/duplicated|/[A-Z]\w*Fusion)+$")
 
 
@@ -83,6 +84,7 @@ def plan_of(model: ir.Model) -> Plan:
     plain: set[str] = set()
     floats: set[str] = set()
     given: set[str] = set()
+    theirs: set[str] = set()
     for node in model.graph:
         kernel: Kernel | None = node.meta.get(KERNEL)
         if kernel is not None and node.name:
@@ -94,8 +96,12 @@ def plan_of(model: ir.Model) -> Plan:
         elif node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
             if not any(KERNEL in reader.meta for reader in node.outputs[0].consumers()):
                 given.add(str(node.inputs[0].name))
-        elif node.name:
+                # Who reads codes that the model came with was quantized by its author.
+                theirs.update(str(reader.name) for reader in node.outputs[0].consumers())
+        elif node.name and node.op_type not in _OURS:
             floats.add(node.name)
+    # Without a plan no quantizer is ours, and none can draw a float node into integers.
+    floats = floats - theirs if operators else set[str]()
     return Plan(operators, frozenset(movers), frozenset(plain), frozenset(floats), frozenset(given))
 
 
@@ -133,7 +139,7 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
             kernels[name] = kept.op_type
         else:
             problems[name] = f"runs as {kept.op_type}, expected {' or '.join(operators)}"
-    for name in plan.floats:
+    for name in sorted(plan.floats):
         if name in found and found[name].op_type.startswith(_INTEGER_KERNELS):
             problems[name] = f"was to stay in float, but runs as {found[name].op_type}"
     unfused: dict[str, list[str]] = {}

@@ -25,7 +25,7 @@ from qgraph.modelio import size_on_disk
 from qgraph.report import Footprint, Latency, Speed
 from qgraph.session import Feeds, SessionOptions
 
-__all__ = ["all_threads", "alternate", "footprint", "node_times"]
+__all__ = ["all_threads", "alternate", "footprint", "node_times", "operator_times"]
 
 _WARM_RUNS = 2
 _LEAST_RUNS = 3
@@ -59,6 +59,7 @@ def alternate(
     threads: int,
     seconds: float = 6.0,
     progress: Callable[[int, int], None] | None = None,
+    least: int = 3,
 ) -> Speed:
     """Time both models on `feeds`.
 
@@ -68,13 +69,14 @@ def alternate(
         feeds: one run's inputs.
         options: session options; their thread count is replaced.
         threads: intra-op threads.
-        seconds: about how long to measure in all; at least three pairs of blocks are taken, at most fifteen.
+        seconds: about how long to measure in all; at most fifteen pairs of blocks are taken.
         progress: called with (pairs done, pairs in all).
+        least: pairs that are taken however long they last.
     """
     options = dataclasses.replace(options, threads=threads)
     pairs: list[tuple[float, float]] = []
     start = time.perf_counter()
-    total = 3
+    total = least
     slice_seconds = min(0.25, seconds / 12)
     while len(pairs) < total:
         order = (before, after) if len(pairs) % 2 == 0 else (after, before)
@@ -82,7 +84,7 @@ def alternate(
         pairs.append((first, second) if order[0] is before else (second, first))
         cost = (time.perf_counter() - start) / len(pairs)
         # An odd number, so that the median is a pair that was measured.
-        total = max(3, min(15, int(seconds / cost)) // 2 * 2 + 1)
+        total = max(least, min(15, int(seconds / cost)) // 2 * 2 + 1)
         if progress is not None:
             progress(len(pairs), total)
     ratios = [b / a for b, a in pairs]
@@ -109,6 +111,19 @@ def node_times(model: Runnable, feeds: Feeds, options: SessionOptions, runs: int
             for _ in range(runs):
                 session.call(feeds)
             return {original_name(time.node): time.seconds for time in session.profile()}
+
+
+def operator_times(model: Runnable, feeds: Feeds, options: SessionOptions, runs: int = 12) -> dict[str, float]:
+    """Seconds per run of all nodes of each operator of the runtime's graph, by the medians of its profile."""
+    with tempfile.TemporaryDirectory(prefix="qgraph-profile-") as folder:
+        profiled = dataclasses.replace(options, profile=str(Path(folder) / "profile"))
+        with model.session(profiled) as session:
+            for _ in range(runs):
+                session.call(feeds)
+            found: dict[str, float] = {}
+            for one in session.profile():
+                found[one.op_type] = found.get(one.op_type, 0.0) + one.seconds
+    return found
 
 
 def footprint(path: Path, feeds: Feeds, options: SessionOptions) -> Footprint:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 import qgraph
 from qgraph import bench as timing
+from qgraph import config, html, inspection, modelio, observers, ranking, registry, terminal
 from qgraph import data as sources
-from qgraph import inspection, modelio, observers, registry, terminal
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
 from qgraph.errors import OptionError, QGraphError
@@ -67,15 +67,46 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     return path
 
 
+def _configured(ctx: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Options of a file become the defaults; what stands on the command line goes before."""
+    if path is not None:
+        names = [max(p.opts, key=len).lstrip("-") for p in ctx.command.params if isinstance(p, click.Option)]
+        found = config.load(path, set(names) - {"config", "save-config"})
+        places = {max(p.opts, key=len).lstrip("-").replace("-", "_"): p.name for p in ctx.command.params}
+        ctx.default_map = {str(places[name]): value for name, value in found.items()}
+    return path
+
+
+def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, str]:
+    """PATTERN=SCHEME, split at the last equals sign: names may hold some."""
+    found: dict[str, str] = {}
+    for pair in pairs:
+        pattern, equals, scheme = pair.rpartition("=")
+        if not equals or not pattern or not scheme:
+            raise OptionError(f"An override is PATTERN=SCHEME, as '/encoder/*=float' or 'Gemm=int8', and not {pair!r}.")
+        found[pattern] = scheme
+    return found
+
+
 @main.command()
 @click.argument("model", type=_MODEL)
 @click.argument("output", type=_MODEL)
 @click.option("--data", help="Calibration data, a few dozen typical inputs: " + _DATA_HELP)
-@click.option("--eval", "evaluation", help="Data to compare on; by default a part of --data is held back for it.")
+@click.option("--eval", "evaluation", help="Data to judge the result on; by default a part of --data is held back.")
 @_common
-@click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
-@click.option("--observer", help=f"How ranges are chosen: {', '.join(observers.OBSERVERS)}.  [default: histogram]")
+@click.option("--scheme", default="auto", show_default=True, help="The numbers to use; see `qgraph targets`.")
+@click.option("--max-loss", help="What the metric may lose: 1% of its value, or 0.5 points.  [default: 1%]")
+@click.option("--metric", help="cosine, agreement, top1, top5 (these two need labels), or package.module:function.")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Least signal to noise ratio of the worst output.")
+@click.option("--min-cosine", type=float, help="Least mean cosine similarity of the worst output.")
+@click.option("--min-agreement", type=float, help="Least share of samples with the same largest element.")
+@click.option("--time-limit", default=60.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
+              help="When to stop searching and take the best that was found.")  # fmt: skip
+@click.option("--state", type=_MODEL, callback=_new_file, help="Keep what was measured here, and go on from it.")
+@click.option("--override", "choices", multiple=True, metavar="PATTERN=SCHEME", callback=_overrides,
+              help="Scheme, or float, of nodes by name or operator; repeatable.")  # fmt: skip
 @click.option("--keep-float", multiple=True, metavar="PATTERN", help="Node name pattern or operator; repeatable.")
+@click.option("--observer", help=f"How ranges are chosen: {', '.join(observers.OBSERVERS)}.  [default: histogram]")
 @click.option(
     "--memory",
     default=256,
@@ -95,36 +126,76 @@ def _new_file(ctx: click.Context, parameter: click.Parameter, path: Path | None)
     default=4.0,
     show_default=True,
     type=click.FloatRange(0),
-    help="Time to measure speed, for each number of threads; 0 to skip.",
+    help="Time to measure speed, for each candidate and number of threads; 0 to skip.",
 )
-@click.option("--force", is_flag=True, help="Write the result even if it is slower than the model, or mostly noise.")
+@click.option("--force", is_flag=True, help="Write the result even if it is slower, or outside the budget.")
 @click.option(
     "--report",
     "report_path",
     type=_MODEL,
     callback=_new_file,
-    help="Write everything that was decided and measured as JSON.",
+    help="Write all that was decided and measured: a page for .html, else JSON.",
 )
-def optimize(model: Path, output: Path, data: str | None, evaluation: str | None, report_path: Path | None, memory: int,
-             keep_float: tuple[str, ...], **options: Any) -> None:  # fmt: skip
-    """Quantize MODEL, prove the result on the runtime, and write it to OUTPUT."""
+@click.option("--config", "config_path", type=_MODEL, is_eager=True, callback=_configured,
+              help="TOML file with any of these options; the command line goes before it.")  # fmt: skip
+@click.option("--save-config", type=_MODEL, callback=_new_file, help="Write the options given as such a file.")
+@click.pass_context
+def optimize(ctx: click.Context, /, model: Path, output: Path, data: str | None, evaluation: str | None,
+             report_path: Path | None, memory: int, keep_float: tuple[str, ...], config_path: Path | None,
+             save_config: Path | None, **options: Any) -> None:  # fmt: skip
+    """Quantize MODEL within a budget of accuracy, prove the result on the runtime, and write it to OUTPUT."""
     console = Console()
     refuse_overwriting(
-        {"output": output, "report": report_path, "file of saved ranges": options["save_ranges"]},
+        {
+            "output": output,
+            "report": report_path,
+            "file of saved ranges": options["save_ranges"],
+            "state of the search": options["state"],
+            "configuration": save_config,
+        },
         {"input": model, "calibration data": data, "evaluation data": evaluation, "file of ranges": options["ranges"]},
     )
+    if report_path is not None and html.is_page(report_path):
+        html.require()
+    chosen = qgraph.Options(memory=memory << 20, keep_float=keep_float, **options)
+    if save_config is not None:
+        config.save(_given(ctx), save_config)
     with terminal.progress(console) as progress:
         result = qgraph.optimize(
-            model,
-            output,
-            data=data,
-            evaluation=evaluation,
-            options=qgraph.Options(memory=memory << 20, keep_float=keep_float, **options),
-            progress=progress,
-        )
-    if report_path is not None:
+            model, output, data=data, evaluation=evaluation, options=chosen, progress=progress
+        )  # fmt: skip
+    if report_path is not None and html.is_page(report_path):
+        html.save(result.report, report_path)
+    elif report_path is not None:
         result.report.save(report_path)
     terminal.show_report(console, result.report)
+
+
+def _given(ctx: click.Context) -> dict[str, Any]:
+    """The options that are not defaults, by their long names."""
+    found: dict[str, Any] = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(str(parameter.name))
+        known = source not in (click.core.ParameterSource.DEFAULT, None)
+        if isinstance(parameter, click.Option) and known and parameter.name not in ("config_path", "save_config"):
+            found[max(parameter.opts, key=len).lstrip("-")] = ctx.params[str(parameter.name)]
+    return found
+
+
+@main.command()
+@click.argument("model", type=_MODEL)
+@click.option("--data", required=True, help=_DATA_HELP)
+@_common
+@click.option("--scheme", default="auto", show_default=True, help="The numbers to look at.")
+@click.option("--exact", default=8, show_default=True, type=click.IntRange(0),
+              help="How many of the worst to measure end to end; the rest are estimates.")  # fmt: skip
+@click.option("--all", "everything", is_flag=True, help="List every node.")
+def sensitivity(model: Path, data: str, target: str, scheme: str, exact: int, everything: bool) -> None:
+    """Rank MODEL's nodes by what quantizing each of them alone loses, and show what it saves."""
+    console = Console()
+    with terminal.progress(console) as progress:
+        found = ranking.rank(model, data, target, scheme, exact, progress)
+    terminal.show_sensitivity(console, found, everything)
 
 
 @main.command()

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph import modelio
 from qgraph.data import DataSource
-from qgraph.errors import OptionError, unknown
+from qgraph.errors import unknown
 from qgraph.job import Job, Progress
 from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
@@ -42,7 +42,7 @@ def optimize(
     Args:
         model: a file or an IR; neither is changed.
         output: where to write the result; None only returns it.
-        data: calibration data, see `qgraph.data.load`; static quantization cannot do without.
+        data: calibration data, see `qgraph.data.load`; None for what can do without.
         evaluation: data for the comparison with the original. By default a part of `data`, chosen by content, is held
             back from calibration for it.
         options: see `Options`.
@@ -55,11 +55,6 @@ def optimize(
     Raises:
         QGraphError: see `qgraph.errors`; nothing has been written then, and an older output still stands.
     """
-    if data is None:
-        raise OptionError(
-            "Static quantization needs calibration data (--data): a few dozen typical inputs, for instance an .npz "
-            "file with an array for each input, samples along axis 0."
-        )
     fields = [field.name for field in dataclasses.fields(Options)]
     for name in changes:
         if name not in fields:
@@ -67,7 +62,7 @@ def optimize(
     options = dataclasses.replace(options or Options(), **changes)
     output = Path(output) if output is not None else None
     refuse_overwriting(
-        {"output": output, "file of saved ranges": options.save_ranges},
+        {"output": output, "file of saved ranges": options.save_ranges, "state of the search": options.state},
         {"input": model, "calibration data": data, "evaluation data": evaluation, "file of ranges": options.ranges},
     )
     workspace = modelio.Workspace(output)

@@ -5,6 +5,7 @@ A *feed* maps input names to arrays for one run. Nothing is kept: every pass ove
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import shutil
@@ -80,6 +81,13 @@ class Dataset:
     def count(self) -> int:
         """Number of batches."""
         return self._summarize()[0]
+
+    def digest(self) -> str:
+        """An identity of all feeds and labels, in whatever order they come."""
+        found = hashlib.sha256()
+        for one in sorted(batch.digest + (b"" if batch.labels is None else batch.labels.tobytes()) for batch in self):
+            found.update(one)
+        return found.hexdigest()
 
     def split(self, share: float) -> tuple[Dataset, Dataset | None]:
         """Part of the batches held back, chosen by their contents' hash, so that their order does not matter.

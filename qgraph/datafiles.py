@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph.errors import DataError, first_line
-from qgraph.feeds import Batch, InputSpec, check_names
+from qgraph.feeds import LABELS, Batch, InputSpec, check_names
 
 __all__ = ["UNREADABLE", "batches"]
 
@@ -141,6 +141,9 @@ def _sliced(label: str, members: dict[str, _Member], inputs: list[InputSpec]) ->
         listing = ", ".join(f"{name} has {count}" for name, count in counts.items())
         raise DataError(f"The arrays of {label!r} differ in their number of samples: {listing}.")
     total = next(iter(counts.values()))
+    labels = members.get(LABELS) if LABELS not in batched else None
+    if labels is not None and (not labels.ndim or labels.shape[0] != total):
+        raise DataError(f"{label!r} holds {total} samples, but labels of shape {list(labels.shape)}.")
     # An array one rank higher than its input holds whole inputs; otherwise axis 0 is the input's own first axis.
     stacked = all(spec.shape is not None and members[n].ndim == len(spec.shape) + 1 for n, spec in batched.items())
     size = 1 if stacked else next((spec.batch for spec in batched.values() if spec.batch is not None), 1)
@@ -151,7 +154,9 @@ def _sliced(label: str, members: dict[str, _Member], inputs: list[InputSpec]) ->
     for start in range(0, total, size):
         feeds: dict[str, NDArray[Any]] = {}
         for name, member in members.items():
-            if name not in batched or not member.ndim:
+            if member is labels:
+                feeds[name] = member.rows(start, size)
+            elif name not in batched or not member.ndim:
                 feeds[name] = member.whole()
             else:
                 rows = member.rows(start, size)

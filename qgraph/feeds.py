@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from qgraph import errors
 from qgraph.errors import DataError
 
-__all__ = ["Batch", "InputSpec", "check_names", "checked", "inputs_of"]
+__all__ = ["LABELS", "Batch", "InputSpec", "check_names", "checked", "inputs_of"]
+
+
+LABELS = "labels"
+"""Name under which data may bring the right answers, for metrics; models never see them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +37,29 @@ class InputSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One run's feeds and where they came from."""
+    """One run's feeds, where they came from, and the labels if there are any."""
 
     name: str
     feeds: dict[str, NDArray[Any]]
+    labels: NDArray[Any] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(array.nbytes for array in self.feeds.values())
+
+    @property
+    def visible(self) -> NDArray[np.bool_] | None:
+        """Which positions [samples, length] an attention mask leaves in sight; None when there is none that hides any.
+
+        What a model says at hidden positions (padding) means nothing, so neither ranges nor errors are taken there.
+        """
+        for name, array in self.feeds.items():
+            if "mask" in name.lower() and array.ndim == 2 and array.dtype.kind in "iufb":
+                seen = array != 0
+                if np.isin(array, (0, 1)).all() and seen.any(axis=1).all() and not seen.all():
+                    return np.asarray(seen)
+        return None
 
     @property
     def digest(self) -> bytes:
@@ -68,10 +86,10 @@ def inputs_of(model: ir.Model) -> list[InputSpec]:
 
 
 def check_names(label: str, arrays: Mapping[str, object], inputs: list[InputSpec]) -> None:
-    """Refuse arrays that the model does not take, and inputs that have no array."""
+    """Refuse arrays that the model does not take (but for labels), and inputs that have no array."""
     wanted = [spec.name for spec in inputs]
     for name in arrays:
-        if name not in wanted:
+        if name not in wanted and name != LABELS:
             near = errors.nearest(name, wanted)
             hint = f" Did you mean {near!r}?" if near else f" It takes: {', '.join(wanted)}."
             raise DataError(f"{label!r} holds {name!r}, which the model does not take.{hint}")
@@ -106,7 +124,8 @@ def checked(batch: Batch, inputs: list[InputSpec]) -> Batch:
             bad = "NaN" if np.isnan(array).any() else "infinite"
             raise DataError(f"{where} holds {bad} values: ranges would be meaningless. Clean the data.")
         feeds[spec.name] = array
-    return Batch(batch.name, feeds)
+    labels = batch.labels if batch.labels is not None else batch.feeds.get(LABELS)
+    return Batch(batch.name, feeds, None if LABELS in feeds else labels)
 
 
 def _fits(array: NDArray[Any], dtype: np.dtype[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,9 @@ def release(value: ir.Value | None) -> None:
     """Give a memory-mapped constant's pages back; it is mapped again when next read."""
     tensor = value.const_value if value is not None else None
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
+        # Where someone still looks at it, it stays mapped, which costs address space only.
+        with contextlib.suppress(BufferError):
+            tensor.release()
 
 
 def is_float(value: ir.Value | None) -> bool:
@@ -150,12 +153,13 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 
 
 def value_names(graph: ir.Graph) -> set[str]:
-    """The names of all values of `graph` and of the bodies in it, where a new value must not hide or be hidden."""
+    """The names that a new value or node of `graph` must not have: those of all values and nodes, bodies included."""
     names: set[str] = set()
     for one in all_graphs(graph):
         names.update(v.name for v in one.inputs if v.name)
         names.update(one.initializers)
         names.update(v.name for node in one for v in node.outputs if v.name)
+        names.update(node.name for node in one if node.name)
     return names
 
 

@@ -1,35 +1,42 @@
-"""One run of the main job: build, audit, time, choose again where it is slower, compare."""
+"""One run of the main job: prepare, search within the budget, time, write nothing that does not hold."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from qgraph import audit, bench, compare, data, modelio, registry, session
+from qgraph import bench, details, modelio, registry, sensitivity, session
+from qgraph.builder import Builder, Built
+from qgraph.clock import Clock
 from qgraph.compare import Runnable
 from qgraph.data import Dataset, DataSource
-from qgraph.errors import AccuracyError, AuditError, ModelError, NothingQuantizedError, OptionError, SlowerError
+from qgraph.division import Parts, divide
+from qgraph.errors import AccuracyError, ExecutionError, OptionError, SlowerError
+from qgraph.fingerprint import fingerprint
+from qgraph.judge import Judge, Verdict
 from qgraph.options import Options
 from qgraph.pipeline import Context
-from qgraph.report import Fidelity, NodeReport, Report, Speed
+from qgraph.report import Budget, Report, Sensitivity, Speed
+from qgraph.search import Search
+from qgraph.sensitivity import Estimate
 from qgraph.session import Feeds
-from qgraph.spec import Scheme
-from qgraph.targets import ABSORBED, KERNEL, REASON, Target
+from qgraph.targets import Target
+from qgraph.trials import Trials
 
 __all__ = ["Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
-_HELD_BACK = 0.15
-_ROUNDS = 4
-_FAIR_DECIBELS = 12.0
-_LEAST_DECIBELS = 6.0
+_TIMED = 3
+_UNTIMED = "The models were not timed, so nothing is promised about speed."
+_NEAR = 0.9
+"""Candidates that save less than this share of the best one's saving, by estimate, are not timed."""
+_FASTER = 1.03
+"""A candidate must be this much faster than one that was preferred by estimate: less is noise."""
 
 
 class Job:
@@ -45,14 +52,15 @@ class Job:
     ):
         self.options, self.workspace, self.progress, self.output = options, workspace, progress, output
         self.target: Target = registry.target(options.target)
-        self.scheme: Scheme = self.target.scheme(options.scheme)
+        self.scheme = self.target.scheme(options.scheme)
+        self.limits = options.limits()
+        self.estimates: list[Estimate] = []
+        self._rejected: set[str] = set()
+        self._hint = ""
+        self._speeds: dict[str, list[Speed]] = {}
         progress("reading", 0, 0)
-        self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else _copy(source)
-        self.inputs = data.inputs_of(self.float_model)
-        self.measured: dict[str, tuple[float, float]] = {}
-        self.refused: dict[str, str] = {}
-        self.save_ranges = Path(self.options.save_ranges) if self.options.save_ranges is not None else None
-        self.key = modelio.fingerprint(self.float_model)
+        self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else modelio.copied(source)
+        self.key = fingerprint(self.float_model)
         self.external = modelio.has_external(self.float_model)
         self.avoid = modelio.external_files(self.float_model)
         self.folder = workspace.spill(self.float_model)
@@ -67,228 +75,225 @@ class Job:
             scheme=self.scheme.name,
             runtime=f"onnxruntime {session.runtime_version()}",
             output=str(output) if output is not None else None,
+            budget=Budget(
+                self.limits[0].metric.name, self.limits[0].limit, ", ".join(limit.text for limit in self.limits)
+            ),
         )
 
-    def run(self, source: DataSource, evaluation: DataSource | None) -> modelio.Staged:
+    def run(self, source: DataSource | None, evaluation: DataSource | None) -> modelio.Staged:
         """All of it, but for moving the result into place."""
         start = time.perf_counter()
-        calibrate, held, apart = self._data(source, evaluation)
-        feeds = held.first().feeds
+        parts = self._divide(source, evaluation)
+        calibrate, held, tested = parts.calibrate, parts.search, parts.final
+        self._look(held)
         if self.options.bench_seconds > 0 and self.options.target != "cpu":
             here = registry.target("cpu").name
             if here != self.target.name:
                 self.report.notes.append(f"Times are this machine's, which is {here}, not those of {self.target.name}.")
-        staged = self._best(calibrate, feeds)
-        self._compare(staged, held, apart)
-        self._footprints(staged, feeds)
-        self.report.seconds = time.perf_counter() - start
-        return staged
-
-    def _best(self, calibrate: Dataset, feeds: Feeds) -> modelio.Staged:
-        """A result in its planned kernels that is not slower than the original; chosen again where it is."""
-        staged, model = self._audited(calibrate)
-        slowest = self._measure(staged, feeds)
-        if slowest is None or self.options.force:
-            return staged
-        self.report.notes.append(
-            f"A first result ran at {slowest.ratio:.2f}x: the choice was made again with times measured here."
-        )
-        self.measured = self._node_times(staged, model, calibrate, feeds)
-        try:
-            staged, _ = self._audited(calibrate)
-        except NothingQuantizedError as error:
-            raise SlowerError(
-                f"The result ran at {slowest.ratio:.2f}x of its input on {slowest.threads} thread(s), and by the times "
-                "measured here no node is worth quantizing, so nothing was written."
-            ) from error
-        slowest = self._measure(staged, feeds)
-        if slowest is None:
-            return staged
-        raise SlowerError(
-            f"The result runs at {slowest.ratio:.2f}x of its input on {slowest.threads} thread(s), even after its "
-            "slower parts went back to float, so it was not written. Use --force to write it all the same."
-        )
-
-    def _audited(self, calibrate: Dataset) -> tuple[modelio.Staged, ir.Model]:
-        """A result whose planned kernels all appear in the runtime; what does not fuse goes back to float."""
-        destination = self.output or Path("model.onnx")
-        for attempt in range(_ROUNDS):
-            model = self._build(calibrate)
-            staged = modelio.stage(model, destination, self.workspace, self.external, self.avoid)
-            found = self._audit(staged, model)
-            if found.clean:
-                return staged, model
-            refused = _not_chosen(model, found)
-            if attempt + 1 == _ROUNDS or not refused.keys() - self.refused.keys():
-                raise AuditError(found.summary)
-            self.refused.update(refused)
-        raise AssertionError("unreachable")
-
-    # -- stages ---------------------------------------------------------------------------------------------------
-
-    def _data(self, source: DataSource, evaluation: DataSource | None) -> tuple[Dataset, Dataset, bool]:
-        """Calibration data, evaluation data, and whether the two are apart."""
-        self.progress("reading data", 0, 0)
-        given = data.load(source, self.inputs)
-        if evaluation is not None:
-            return given, data.load(evaluation, self.inputs), True
-        calibrate, held = given.split(_HELD_BACK)
-        if held is None:
-            self.report.notes.append(
-                "There are too few samples to hold some back: the comparison ran on the calibration data itself."
+        self.progress("comparing", 0, 0)
+        judge = self._judge(held, "search", parts.apart)
+        final = self._judge(tested, "final", True) if tested is not None else judge
+        if self.report.budget is not None:
+            words = (
+                f"{self.report.budget.text} (losses on {held.count()} samples count up to {judge.margin():.2f}-fold)"
             )
-            return given, given, False
-        return calibrate, held, True
+            self.report.budget = dataclasses.replace(self.report.budget, text=words)
+        builder = self._builder(calibrate)
+        built, verdict = self._chosen(builder, judge, final)
+        self.report.fidelity = verdict.fidelity
+        self.report.nodes, self.report.steps = built.nodes, built.steps
+        if not built.assignment:
+            self.report.nodes = builder.explained(built)
+        self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
+        try:
+            self._details(built, builder, final)
+        except (ExecutionError, KeyboardInterrupt) as error:
+            # The result stands, with less to show.
+            self.report.notes.append(f"Some details could not be measured: {error or 'interrupted'}")
+        self.report.seconds = time.perf_counter() - start
+        return built.staged
 
-    def _build(self, calibrate: Dataset) -> ir.Model:
-        model = self.float_model.clone()
-        pipeline = registry.pipeline(self.scheme.pipeline)(self._context(calibrate))
-        model = pipeline(model).model
-        self.report.steps = pipeline.steps
-        self.report.calibration_samples = calibrate.count()
-        # Later rounds plan less, and would leave ranges out.
-        self.save_ranges = None
-        return model
+    def rank(self, source: DataSource, exact: int) -> list[Sensitivity]:
+        """What each node loses alone; `exact` of them measured, the worst by estimate."""
+        parts = self._divide(source, None)
+        self._look(parts.search)
+        judge = self._judge(parts.search, "search", parts.apart)
+        search = self._search(self._builder(parts.calibrate), judge)
+        search.noises.measure(exact, lambda: False)
+        self._tell(search, None)
+        return self.report.sensitivity
 
-    def _context(self, calibrate: Dataset) -> Context:
-        ranges = self.options.ranges
-        return Context(
+    def _details(self, built: Built, builder: Builder, final: Judge) -> None:
+        timed = self.options.bench_seconds > 0
+        details.fill(self.report, self.original, built, builder, final.data, self.feeds, timed)
+        if timed and self.path is not None:
+            self.progress("measuring memory", 0, 0)
+            self.report.before = bench.footprint(self.path, self.feeds, self.target.options())
+            self.report.after = bench.footprint(built.staged.path, self.feeds, self.target.options())
+
+    # -- stages -----------------------------------------------------------------------------------------------------
+
+    def _look(self, held: Dataset) -> None:
+        """Take one sample to time with."""
+        self.feeds: Feeds = held.first().feeds
+        self.clock = Clock(self.original, self.target.options(), self.feeds, self.options.bench_seconds, self.progress)
+
+    def _divide(self, source: DataSource | None, evaluation: DataSource | None) -> Parts:
+        self.progress("reading data", 0, 0)
+        if source is None and (self.options.ranges is not None or self.options.save_ranges is not None):
+            raise OptionError("Ranges are those of calibration data: give it (--data), or leave out the ranges.")
+        parts = divide(self.float_model, source, evaluation, self.limits)
+        if parts.note:
+            self.report.notes.append(parts.note)
+        self._hint = "" if source is not None else " Losses are of random inputs: typical ones (--data) bring more."
+        return parts
+
+    def _judge(self, held: Dataset, name: str, apart: bool) -> Judge:
+        folder = self.workspace.folder / f"judge-{name}"
+        return Judge(self.original, held, self.limits, self.target.options(), folder, held_back=apart)
+
+    def _builder(self, calibrate: Dataset | None) -> Builder:
+        ranges, saved = self.options.ranges, self.options.save_ranges
+        context = Context(
             self.target,
             self.scheme,
             calibrate,
             self.folder,
-            self.options.observer,
-            self.options.memory,
-            (Path(ranges), self.key) if ranges is not None else None,
-            (self.save_ranges, self.key) if self.save_ranges is not None else None,
-            self.options.keep_float,
-            self.refused,
-            self.measured,
-            self.progress,
+            observer=self.options.observer,
+            budget=self.options.memory,
+            ranges=(Path(ranges), self.key) if ranges is not None else None,
+            save_ranges=(Path(saved), self.key) if saved is not None else None,
+            keep_float=self.options.keep_float,
+            choices=self.options.choices,
         )
+        return Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
 
-    def _audit(self, staged: modelio.Staged, model: ir.Model) -> audit.Audit:
-        self.progress("auditing", 0, 0)
-        found = audit.audit(staged.path, audit.plan_of(model), self.target)
-        self.report.nodes = []
-        for node in model.graph.all_nodes():
-            name = node.name or ""
-            if node.meta.get(KERNEL) is not None:
-                self.report.nodes.append(NodeReport(name, node.op_type, kernel=found.kernels.get(name)))
-            elif ABSORBED in node.meta:
-                # Absorbed ones are gone; one that is still here was not.
-                self.report.nodes.append(NodeReport(name, node.op_type, reason="the codes do not end at its bounds"))
-            elif node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-                reason = str(node.meta.get(REASON, "inside a body of If, Loop or Scan"))
-                self.report.nodes.append(NodeReport(name, node.op_type, reason=reason))
-        return found
+    def _chosen(self, builder: Builder, judge: Judge, final: Judge) -> tuple[Built, Verdict]:
+        """The fastest candidate within the budget, by the final judge as well.
 
-    def _compare(self, staged: modelio.Staged, held: Dataset, apart: bool) -> None:
-        """Compare outputs and layers; refuse a result that is mostly noise."""
-        self.progress("comparing", 0, 0)
-        options = self.target.options()
-        found: Fidelity = compare.compare(self.original, Runnable(staged.path), held, options, apart)
-        stored = ir.load(staged.path)
-        layers = compare.layer_errors(self.original, stored, staged.path.parent, held, options)
-        self.report.fidelity = dataclasses.replace(found, layers=layers)
-        name, worst = min(found.outputs.items(), key=lambda item: _comparable(item[1].sqnr))
-        if _comparable(worst.sqnr) >= _FAIR_DECIBELS:
-            return
-        culprits = ", ".join(layer.value for layer in sorted(layers, key=lambda layer: layer.sqnr)[:3])
-        what = f"Output {name!r} has an SQNR of only {worst.sqnr:.1f} dB."
-        if _comparable(worst.sqnr) < _LEAST_DECIBELS and not self.options.force:
-            raise AccuracyError(
-                f"{what} That is mostly noise, so nothing was written. The least faithful inner values are {culprits}: "
-                "leave their nodes in float (--keep-float), try another observer, or use --force."
+        Raises:
+            AccuracyError: none is within the budget.
+            SlowerError: none is as fast as the original.
+        """
+        search = self._search(builder, judge)
+        self._run(search)
+        keys = search.within()
+        while keys:
+            best, speeds = self._fastest(search, keys)
+            if search.trials.trials[best].slowest < 1.0 and self._learned(search, builder, best):
+                keys = search.within()
+                best, speeds = self._fastest(search, keys)
+            built = search.get(best)
+            verdict = final.judge(built.runnable)
+            if verdict.within or self.options.force:
+                break
+            trial = search.trials.trials[best]
+            self._rejected.add(best)
+            self.report.notes.append(
+                f"Candidate {trial.name!r} held the budget on the search's data, but not on the evaluation data."
             )
-        self.report.notes.append(f"{what} The least faithful inner values are {culprits}.")
+            keys.remove(best)
+        else:
+            self._tell(search, None)
+            raise AccuracyError(search.trials.nothing("Nothing is within the budget", self.report.budget) + self._hint)
+        self._tell(search, best)
+        if search.trials.trials[best].slowest < 1.0 and not self.options.force:
+            what = "Nothing within the budget is as fast as the model itself"
+            raise SlowerError(search.trials.nothing(what, self.report.budget) + self._hint)
+        self.report.speed = speeds
+        return built, verdict
 
-    def _measure(self, staged: modelio.Staged, feeds: Feeds) -> Speed | None:
-        """Time both; return the slowest ratio if the result is slower than the original."""
+    def _search(self, builder: Builder, judge: Judge) -> Search:
+        state = Path(self.options.state) if self.options.state is not None else None
+        trials = Trials(state, "" if state is None else repr(self._identity(judge, builder)))
+        if trials.resumed:
+            self.report.notes.append(f"{trials.resumed} candidates were measured before, and taken from {state}.")
+        deadline = time.monotonic() + self.options.time_limit
+        glance = self.clock.glance if self.options.bench_seconds > 0 else None
+        self.builder = builder
+        search = Search(builder, judge, self._estimates, trials, deadline, self.progress, self.options.force, glance)
+        for pattern in builder.unfollowed:
+            self.report.notes.append(
+                f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
+            )
+        return search
+
+    def _estimates(self) -> list[Estimate]:
+        builder = self.builder
+        if self.scheme.parts:
+            self.estimates = sensitivity.estimates(builder.prepared, builder.rules(), builder.context.data is not None)
+        return self.estimates
+
+    def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
+        """All that the measurements of a search depend on."""
+        told, asked = self.report, self.options
+        chosen = (asked.keep_float, sorted(asked.choices.items()), asked.observer, asked.ranges)
+        seen = [data.digest() for data in (judge.data, builder.context.data) if data is not None]
+        return (version("qgraph"), self.key, told.target, told.scheme, told.runtime, told.budget, chosen, seen)
+
+    def _fastest(self, search: Search, keys: list[str]) -> tuple[str, list[Speed]]:
+        """The fastest of the most promising, by the clock."""
         if self.options.bench_seconds <= 0:
-            self.report.notes.append("The models were not timed, so nothing is promised about speed.")
-            return None
-        self.report.speed = []
-        for threads in sorted({1, bench.all_threads()}):
-            speed = self._time(staged, feeds, threads, self.options.bench_seconds)
-            if speed.ratio < 1.0:
-                # A verdict of such weight is not left to one short measurement.
-                speed = self._time(staged, feeds, threads, 3 * self.options.bench_seconds)
-            self.report.speed.append(speed)
-        slowest = min(self.report.speed, key=lambda speed: speed.ratio)
-        return slowest if slowest.ratio < 1.0 else None
+            if _UNTIMED not in self.report.notes:
+                self.report.notes.append(_UNTIMED)
+            return keys[0], []
+        best, found = keys[0], self._timed(search, keys[0])
+        # The clock settles what estimates leave open; behind a clear lead there is nothing to settle.
+        trials = search.trials.trials
+        for number, key in enumerate(keys[1:], 1):
+            if trials[best].slowest >= 1.0 and (number >= _TIMED or trials[key].saved < _NEAR * trials[best].saved):
+                continue
+            speeds = self._timed(search, key)
+            if trials[key].rate > _FASTER * trials[best].rate:
+                best, found = key, speeds
+        return best, found
 
-    def _time(self, staged: modelio.Staged, feeds: Feeds, threads: int, seconds: float) -> Speed:
-        what = f"timing on {threads} thread{'s' * (threads > 1)}"
-        return bench.alternate(
-            self.original,
-            Runnable(staged.path),
-            feeds,
-            self.target.options(),
-            threads,
-            seconds,
-            functools.partial(self.progress, what),
-        )
-
-    def _footprints(self, staged: modelio.Staged, feeds: Feeds) -> None:
-        """Size, load time and memory of both, when the original is a file that the runtime can read."""
-        if self.options.bench_seconds <= 0 or self.path is None:
-            return
-        self.progress("measuring memory", 0, 0)
-        self.report.before = bench.footprint(self.path, feeds, self.target.options())
-        self.report.after = bench.footprint(staged.path, feeds, self.target.options())
-
-    def _node_times(
-        self, staged: modelio.Staged, model: ir.Model, calibrate: Dataset, feeds: Feeds
-    ) -> dict[str, tuple[float, float]]:
-        """Seconds of each planned node in float and in integers, from the runtime's profiles of both graphs."""
+    def _learned(self, search: Search, builder: Builder, slow: str) -> bool:
+        """Search again, once, with the times of a slow candidate's nodes as they were measured here."""
+        if builder.measured or not search.trials.trials[slow].assignment:
+            return False
         self.progress("profiling", 0, 0)
-        plain = self.float_model.clone()
-        registry.pipeline("plan")(self._context(calibrate))(plain)
-        options = self.target.options(threads=1)
-        in_float = bench.node_times(Runnable(plain, self.folder), feeds, options)
-        in_integers = bench.node_times(Runnable(staged.path), feeds, options)
-        planned = audit.plan_of(model).operators
-        return {
-            name: (in_float[name], in_integers[name]) for name in planned if name in in_float and name in in_integers
-        }
-
-
-def _comparable(decibels: float) -> float:
-    """NaN as the worst; an output that is all zeros has no signal to compare noise with."""
-    if np.isnan(decibels):
-        return float("-inf")
-    return float("inf") if decibels == float("-inf") else decibels
-
-
-def _copy(model: Any) -> ir.Model:
-    if not isinstance(model, ir.Model):
-        raise OptionError(
-            f"The model is a {type(model).__name__}; give a path or an onnx_ir.Model (onnx_ir.from_proto makes one)."
+        ratio = search.trials.trials[slow].slowest
+        self.report.notes.append(
+            f"A first choice ran at {ratio:.2f}x: the search went on with the times of its nodes as measured here."
         )
-    try:
-        return model.clone()
-    except Exception as error:
-        raise ModelError(
-            "The model cannot be copied. Its nodes may be out of order: run onnx_ir's TopologicalSortPass first."
-        ) from error
+        builder.measured.update(details.measured_times(builder, search.get(slow), self.feeds))
+        search.relearn(builder.measured)
+        search.deadline = time.monotonic() + self.options.time_limit
+        self._run(search)
+        return True
 
+    def _run(self, search: Search) -> None:
+        """Search; an interrupt ends it with what it has."""
+        try:
+            search.run()
+        except KeyboardInterrupt:
+            if not search.within():
+                raise
+            self.report.notes.append("The search was interrupted: this is the best that it had found.")
 
-def _not_chosen(model: ir.Model, found: audit.Audit) -> dict[str, str]:
-    """What the runtime did not fuse, with what was seen as the reason to leave it in float."""
-    planned = {str(node.name): node for node in model.graph if KERNEL in node.meta}
-    reasons = {
-        name: f"the runtime did not choose the planned kernel: {what}"
-        for name, what in found.problems.items()
-        if name in planned
-    }
-    for constant, readers in found.unfused.items():
-        ours = [name for name in readers if name in planned]
-        for name in ours or [name for name, node in planned.items() if _reads(node, constant)]:
-            reasons[name] = "the runtime would dequantize its weight at every run"
-    return reasons
+    def _timed(self, search: Search, key: str) -> list[Speed]:
+        if key not in self._speeds:
+            self._speeds[key] = self.clock.measure(search.get(key).runnable)
+            search.trials.trials[key].speed = {str(speed.threads): speed.ratio for speed in self._speeds[key]}
+            search.trials.save()
+        return self._speeds[key]
 
+    # -- words ------------------------------------------------------------------------------------------------------
 
-def _reads(node: ir.Node, constant: str) -> bool:
-    makers = [value.producer() for value in node.inputs if value is not None]
-    return any(m is not None and m.inputs and m.inputs[0] is not None and m.inputs[0].name == constant for m in makers)
+    def _tell(self, search: Search, best: str | None) -> None:
+        trials = search.trials.trials.items()
+        self.report.candidates = [t.candidate(key == best, key in self._rejected) for key, t in trials]
+        exact, noises = search.trials.noises, search.noises.values()
+        self.report.sensitivity = [
+            Sensitivity(
+                e.node,
+                e.op_type,
+                e.scheme,
+                exact.get((e.node, e.scheme), noises[e.node, e.scheme]),
+                (e.node, e.scheme) in exact,
+                e.saved,
+            )
+            for e in self.estimates
+            if e.noise > 0
+        ]

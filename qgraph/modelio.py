@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import shutil
@@ -12,13 +11,15 @@ import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from qgraph.errors import ExternalDataError, ModelError, first_line
+from qgraph.errors import ExternalDataError, ModelError, OptionError, first_line
 from qgraph.session import max_ir_version
 
-__all__ = ["Staged", "Workspace", "external_files", "fingerprint", "has_external", "read", "size_on_disk", "stage"]
+__all__ = ["Staged", "Workspace", "copied", "external_files", "has_external", "read", "size_on_disk", "stage"]
 
 OLDEST_OPSET = 7
 _SPILL_BYTES = 64 << 20
@@ -108,38 +109,23 @@ def size_on_disk(path: Path) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in files)
 
 
-def fingerprint(model: ir.Model) -> str:
-    """SHA-256 over the graph and a sample of each weight: the key under which observed ranges are saved.
+def copied(model: Any) -> ir.Model:
+    """A copy of a caller's model.
 
-    Weights over 64 kB enter with their size and 4 kB from each end, so that hashing a model of gigabytes costs
-    nothing; the graph, its names and attributes enter whole.
+    Raises:
+        OptionError: not an IR.
+        ModelError: it cannot be copied.
     """
-    digest = hashlib.sha256()
-    for graph in (model.graph, *model.graph.subgraphs()):
-        digest.update(repr([v.name for v in (*graph.inputs, *graph.outputs)]).encode())
-        for node in graph:
-            digest.update(repr((node.domain, node.op_type, [v.name if v else None for v in node.inputs])).encode())
-            digest.update(repr([v.name for v in node.outputs]).encode())
-            for attribute in sorted(node.attributes.values(), key=lambda a: a.name):
-                if attribute.type in (ir.AttributeType.TENSOR, ir.AttributeType.TENSORS):
-                    one = attribute.type == ir.AttributeType.TENSOR
-                    for tensor in [attribute.as_tensor()] if one else attribute.as_tensors():
-                        shape = tuple(tensor.shape.numpy())
-                        digest.update(repr((attribute.name, str(tensor.dtype), shape)).encode() + tensor.tobytes())
-                elif attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                    digest.update(repr((attribute.name, attribute.value)).encode())
-    for name, tensor in sorted(_tensors(model), key=lambda pair: pair[0]):
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape.numpy()))).encode())
-        if tensor.nbytes <= 1 << 16:
-            digest.update(tensor.tobytes())
-        else:
-            flat = tensor.numpy().reshape(-1)
-            digest.update(flat[:1024].tobytes())
-            digest.update(flat[-1024:].tobytes())
-            del flat
-            if isinstance(tensor, ir.ExternalTensor):
-                tensor.release()
-    return digest.hexdigest()
+    if not isinstance(model, ir.Model):
+        raise OptionError(
+            f"The model is a {type(model).__name__}; give a path or an onnx_ir.Model (onnx_ir.from_proto makes one)."
+        )
+    try:
+        return model.clone()
+    except Exception as error:
+        raise ModelError(
+            "The model cannot be copied. Its nodes may be out of order: run onnx_ir's TopologicalSortPass first."
+        ) from error
 
 
 def has_external(model: ir.Model) -> bool:
@@ -210,6 +196,10 @@ class Staged:
         """Size on disk, external data included."""
         return sum(f.stat().st_size for f in self.path.parent.iterdir())
 
+    def discard(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
     def commit(self) -> None:
         """Move into place, data first; on failure whatever stood there before stands again."""
         folder = self.destination.parent.resolve()
@@ -245,6 +235,20 @@ def _data_name(destination: Path, avoid: Collection[Path]) -> str:
     return next(name for name in names if folder / name not in avoid)
 
 
+def _in_memory(model: ir.Model) -> ir.Model:
+    """A copy whose weights are none of other files'."""
+    model = model.clone()
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
+                # A view of it that someone holds keeps it mapped, which costs address space only.
+                with contextlib.suppress(BufferError):
+                    tensor.release()
+    return model
+
+
 def stage(
     model: ir.Model,
     destination: Path,
@@ -272,7 +276,7 @@ def stage(
     data = _data_name(destination, avoid) if external or sum(sizes) > _INLINE_BYTES else None
     if data is None:
         # What lies in the workspace would otherwise be written as a reference to it.
-        model = ir.external_data.load_to_model(model.clone())
+        model = _in_memory(model)
 
     def report(_: object, info: object) -> None:
         if progress is not None:

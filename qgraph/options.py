@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qgraph import calibration
+from qgraph import calibration, metrics
 from qgraph.errors import OptionError, unknown
+from qgraph.metrics import Limit, Outputs
 from qgraph.observers import OBSERVERS
 
 __all__ = ["Options", "refuse_overwriting"]
@@ -38,19 +40,36 @@ class Options:
 
     Attributes:
         target: name of the target; `cpu` is the machine this runs on.
-        scheme: name of the scheme, one of the target's.
+        scheme: name of the scheme, one of the target's; `auto` chooses node by node.
+        max_loss: what may be lost of the metric: "1%" of the original's value, or 0.5 in the metric's points; None for
+            1% unless another limit is given.
+        min_sqnr: least signal to noise ratio of the worst output, dB.
+        min_cosine: least mean cosine similarity of the worst output with the original's.
+        min_agreement: least share of samples with the same largest element.
+        metric: name of the metric of `max_loss`, `package.module:function`, or a function; see `qgraph.metrics`.
+        time_limit: seconds after which the search takes the best that it has.
+        state: file in which the search keeps what it has measured, and from which it goes on.
+        choices: pattern of node names (shell style) or operator type -> scheme, or "float". Names go before operators.
         observer: name of the observer; None for the scheme's own.
-        keep_float: patterns (shell style) of node names or operator types to leave in float.
+        keep_float: patterns of node names or operator types to leave in float.
         memory: bytes that the observed values of one calibration run may take.
         ranges: file of saved ranges to use instead of running the calibration data.
         save_ranges: file to save the observed ranges in.
         bench_seconds: about how long to time both models for each thread count; 0 does not time, and so cannot promise
             that the result is not slower.
-        force: write the result even if it is slower than its input, or mostly noise.
+        force: write the result even if it is slower than its input, or outside the budget.
     """
 
     target: str = "cpu"
-    scheme: str = "int8"
+    scheme: str = "auto"
+    max_loss: str | float | None = None
+    min_sqnr: float | None = None
+    min_cosine: float | None = None
+    min_agreement: float | None = None
+    metric: str | Callable[[Outputs], float] | None = None
+    time_limit: float = 60.0
+    state: Path | str | None = None
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     observer: str | None = None
     keep_float: tuple[str, ...] = ()
     memory: int = calibration.DEFAULT_BUDGET
@@ -71,5 +90,29 @@ class Options:
             raise unknown("observer", self.observer, OBSERVERS)
         if self.ranges is not None and self.observer is not None:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
-        if self.memory <= 0 or self.bench_seconds < 0:
-            raise OptionError("memory must be positive, and bench_seconds not negative.")
+        if self.memory <= 0 or self.bench_seconds < 0 or self.time_limit < 0:
+            raise OptionError("memory must be positive, bench_seconds and time_limit not negative.")
+        for name, value in (("min_cosine", self.min_cosine), ("min_agreement", self.min_agreement)):
+            if value is not None and not 0 <= value <= 1:
+                raise OptionError(f"{name} lies between 0 and 1, and {value} does not.")
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise OptionError(f"min_sqnr is a finite number of dB, and not {self.min_sqnr}.")
+        self.limits()
+
+    def limits(self) -> list[Limit]:
+        """The budget, first what `max_loss` says; 1 % of the mean cosine where nothing is said.
+
+        Raises:
+            OptionError: there is no such metric, or the loss is no number.
+        """
+        found: list[Limit] = []
+        if self.min_sqnr is not None:
+            words = f"SQNR at least {self.min_sqnr:g} dB"
+            found.append(Limit(metrics.METRICS["sqnr"], 10 ** (-self.min_sqnr / 10), False, words))
+        for name, value in (("cosine", self.min_cosine), ("agreement", self.min_agreement)):
+            if value is not None:
+                found.append(Limit(metrics.METRICS[name], 1 - value, False, f"{name} at least {value:g}"))
+        if self.max_loss is not None or self.metric is not None or not found:
+            measure = metrics.metric(self.metric or metrics.DEFAULT)
+            found.insert(0, metrics.loss_limit("1%" if self.max_loss is None else self.max_loss, measure))
+        return found

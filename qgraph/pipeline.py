@@ -9,13 +9,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
-from qgraph.calibration import DEFAULT_BUDGET
+from qgraph import calibration
 from qgraph.data import Dataset
 from qgraph.report import Step
-from qgraph.spec import Scheme
+from qgraph.rules import Prices, Refusals, Times
+from qgraph.spec import Mixture, Scheme
 from qgraph.targets import Target
 
 __all__ = ["Context", "Pipeline"]
@@ -27,30 +30,43 @@ class Context:
 
     Attributes:
         target: where the model will run.
-        scheme: which numbers it will use.
-        data: calibration data; None only for pipelines that plan without it.
+        scheme: which numbers it will use, or several to choose from node by node.
+        data: calibration data; None leaves out all that needs it.
         folder: where the model's external tensors lie, None when it has none.
         observer: name of the observer, None for each spec's own.
         budget: bytes that the observed values of one run may take.
         ranges: saved statistics to use instead of running the data, with the model's key.
         save_ranges: file to save the observed statistics in, with the model's key.
         keep_float: patterns of node names, or operators, of the nodes that the caller wants in float.
-        refused: node name -> reason, for nodes found not to run in their planned kernel.
-        measured: node name -> measured seconds (in float, in integers), in place of the target's estimates.
+        refused: (node, scheme) -> reason, for nodes found not to run in their planned kernel.
+        measured: (node, scheme) -> measured seconds (in float, in it), in place of the target's estimates.
+        choices: pattern of node names, or operator -> scheme or "float".
+        prices: (node, scheme) -> seconds that its loss of accuracy is worth.
+        store: statistics by value, to be used again by the next pipeline on the same model and data.
+        smoothing: how range is moved between channels: "none", "folded" where that costs nothing at run time, or
+            "explicit" with a multiplication where nothing takes the factors.
+        learn: whether roundings are learned, which takes its time.
+        codes: learned roundings, to be used again like `store`.
         progress: called with (what is done, steps done, steps in all).
     """
 
     target: Target
-    scheme: Scheme
+    scheme: Scheme | Mixture
     data: Dataset | None
     folder: Path | None = None
     observer: str | None = None
-    budget: int = DEFAULT_BUDGET
+    budget: int = calibration.DEFAULT_BUDGET
     ranges: tuple[Path, str] | None = None
     save_ranges: tuple[Path, str] | None = None
     keep_float: tuple[str, ...] = ()
-    refused: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
-    measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict[str, tuple[float, float]])
+    refused: Refusals = dataclasses.field(default_factory=dict[tuple[str, str], str])
+    measured: Times = dataclasses.field(default_factory=dict[tuple[str, str], tuple[float, float]])
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    prices: Prices = dataclasses.field(default_factory=dict[tuple[str, str], float])
+    store: calibration.Store | None = None
+    smoothing: str = "explicit"
+    learn: bool = False
+    codes: dict[tuple[str, bytes], NDArray[Any]] | None = None
     progress: Callable[[str, int, int], None] | None = None
 
 

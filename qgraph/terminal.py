@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
@@ -14,27 +15,15 @@ from rich.table import Table
 from rich.text import Text
 
 from qgraph.inspection import Inspection
-from qgraph.report import Fidelity, NodeReport, Report, Speed
+from qgraph.report import Candidate, Fidelity, NodeReport, Report, Sensitivity, Speed
 from qgraph.targets import Target
+from qgraph.words import decibels, milliseconds, size
 
-__all__ = ["progress", "show_fidelity", "show_inspection", "show_report", "show_speed", "size"]
+__all__ = ["progress", "show_fidelity", "show_inspection", "show_report", "show_sensitivity", "show_speed", "size"]
 
 _MOST_REASONS = 8
+_MOST_NODES = 20
 _QUIET_SECONDS = 2.0
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.2f} GB"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 def _grid(*justify: str) -> Table:
@@ -47,10 +36,6 @@ def _grid(*justify: str) -> Table:
 def _ratio(ratio: float) -> Text:
     word = "faster" if ratio >= 1 else "slower"
     return Text(f"{ratio:.2f}x {word}", style="bold green" if ratio >= 1 else "bold red")
-
-
-def _decibels(value: float) -> str:
-    return "identical" if value == float("inf") else f"{value:.1f} dB"
 
 
 def show_report(console: Console, report: Report) -> None:
@@ -69,7 +54,7 @@ def show_report(console: Console, report: Report) -> None:
         smaller = report.before.disk / max(1, report.after.disk)
         table.add_row("size", size(report.before.disk), size(report.after.disk), f"{smaller:.2f}x smaller")
         table.add_row("memory", size(report.before.resident), size(report.after.resident), "resident, to load and run")
-        table.add_row("load", _milliseconds(report.before.load_seconds), _milliseconds(report.after.load_seconds), "")
+        table.add_row("load", milliseconds(report.before.load_seconds), milliseconds(report.after.load_seconds), "")
     for speed in report.speed:
         table.add_row(*_speed_row(speed))
     if table.row_count > 1:
@@ -77,10 +62,57 @@ def show_report(console: Console, report: Report) -> None:
     if report.fidelity is not None:
         console.print()
         show_fidelity(console, report.fidelity)
+    if len(report.candidates) > 1:
+        console.print()
+        _show_candidates(console, report)
     console.print()
     _show_nodes(console, report.nodes, "see the report (--report FILE)")
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
+
+
+def _show_candidates(console: Console, report: Report) -> None:
+    """What the search tried, the most faithful first."""
+    budget = report.budget.text if report.budget is not None else "no budget"
+    console.print(Text.assemble((f"{len(report.candidates)} candidates, ", "bold"), f"budget: {budget}"))
+    table = _grid("l", "r", "r", "r", "l", "l")
+    table.add_row(*(Text(head, style="dim") for head in ("", "loss", "SQNR", "size", "speed", "nodes")), "")
+    for one in sorted(report.candidates, key=lambda c: (c.loss is None, c.loss or 0.0)):
+        table.add_row(*_candidate_row(one))
+    console.print(table)
+
+
+def _candidate_row(one: Candidate) -> tuple[RenderableType, ...]:
+    styles = {"chosen": "bold green", "within": "", "loses too much": "red", "slower": "red"}
+    nodes = ", ".join(f"{count} {scheme}" for scheme, count in one.nodes.items()) or "all in float"
+    return (
+        Text(one.name, style="bold" if one.verdict == "chosen" else ""),
+        "" if one.loss is None else f"{one.loss:.3g}",
+        "" if one.sqnr is None else decibels(one.sqnr),
+        "" if one.disk is None else size(one.disk),
+        " / ".join(f"{ratio:.2f}x" for ratio in one.speed.values()),
+        nodes,
+        Text(one.verdict, style=styles.get(one.verdict, "yellow")),
+    )
+
+
+def show_sensitivity(console: Console, found: list[Sensitivity], every: bool) -> None:
+    """The ranking of `sensitivity`, worst first."""
+    shown = found if every else found[:_MOST_NODES]
+    table = _grid("l", "l", "l", "r", "r", "l")
+    heads = ("node", "operator", "scheme", "SQNR alone", "saves", "")
+    table.add_row(*(Text(head, style="dim") for head in heads))
+    for one in shown:
+        alone = decibels(-10 * math.log10(one.noise)) if one.noise > 0 else "identical"
+        how = "measured" if one.exact else Text("estimated", style="dim")
+        table.add_row(Text(one.node), one.op_type, one.scheme, alone, milliseconds(one.saved), how)
+    console.print(table)
+    if len(found) > len(shown):
+        console.print(f"and {len(found) - len(shown)} more (--all)", style="dim")
+    console.print(
+        "SQNR alone: of the worst output when only this node is quantized; saves: on one thread, by the target's costs",
+        style="dim",
+    )
 
 
 def _speed_row(speed: Speed) -> tuple[RenderableType, ...]:
@@ -89,8 +121,8 @@ def _speed_row(speed: Speed) -> tuple[RenderableType, ...]:
         spread += ", within noise of 1x"
     return (
         f"{speed.threads} thread{'s' * (speed.threads > 1)}",
-        _milliseconds(speed.before.median),
-        _milliseconds(speed.after.median),
+        milliseconds(speed.before.median),
+        milliseconds(speed.after.median),
         Text.assemble(_ratio(speed.ratio), (spread, "dim")),
     )
 
@@ -111,7 +143,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
     table.add_row(*(Text(head, style="dim") for head in heads))
     for name, error in fidelity.outputs.items():
         same = "" if error.agreement is None else f"{error.agreement:.2%}"
-        table.add_row(Text(name), _decibels(error.sqnr), f"{error.cosine:.6f}", f"{error.max_error:.3g}", same)
+        table.add_row(Text(name), decibels(error.sqnr), f"{error.cosine:.6f}", f"{error.max_error:.3g}", same)
     console.print(table)
     for name, what in fidelity.skipped.items():
         console.print(Text(f"not compared: {name}, which has {what}", style="yellow"))
@@ -122,7 +154,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
     )
     if fidelity.layers:
         worst = sorted(fidelity.layers, key=lambda layer: layer.sqnr)[:3]
-        listing = ", ".join(f"{layer.value} ({layer.op_type}, {_decibels(layer.sqnr)})" for layer in worst)
+        listing = ", ".join(f"{layer.value} ({layer.op_type}, {decibels(layer.sqnr)})" for layer in worst)
         console.print(Text(f"least faithful inside: {listing}", style="dim"))
 
 

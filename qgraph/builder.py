@@ -1,0 +1,281 @@
+"""Builds candidates: a clone of the prepared model, quantized as prices say, written, and audited on the runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qgraph import audit, graph, modelio, outcome, registry
+from qgraph.compare import Runnable
+from qgraph.errors import AuditError, NothingQuantizedError
+from qgraph.pipeline import Context
+from qgraph.report import NodeReport, Step
+from qgraph.rules import FLOAT, Prices, Rules
+from qgraph.spec import Mixture, Scheme
+from qgraph.targets import KERNEL, REASON, Form, Kernel
+
+__all__ = ["VARIANTS", "Builder", "Built", "digest", "staged_name"]
+
+VARIANTS = ("folded", "none", "explicit")
+"""Ways to move range between channels, in the order in which they are tried: the first two cost nothing at run time."""
+_ROUNDS = 4
+_SAMPLE = "qgraph.sample"
+_LEARNED_PER_SECOND = 1e9
+"""Inputs squared times outputs, the solver's work, done on one core; data passes included."""
+
+
+@dataclasses.dataclass
+class Built:
+    """A candidate as it was written.
+
+    Attributes:
+        model: its graph, planned kernels in the meta.
+        staged: its files.
+        nodes: each node with its kernel or the reason why it has none.
+        steps: the passes that made it.
+        assignment: scheme of each node that is quantized.
+    """
+
+    model: ir.Model
+    staged: modelio.Staged
+    nodes: list[NodeReport]
+    steps: list[Step]
+    assignment: dict[str, str]
+
+    @property
+    def runnable(self) -> Runnable:
+        """What sessions are made of."""
+        return Runnable(self.staged.path)
+
+    @property
+    def schemes(self) -> dict[str, int]:
+        """Number of nodes in each scheme."""
+        return dict(sorted(Counter(self.assignment.values()).items()))
+
+
+def digest(assignment: Mapping[str, str]) -> str:
+    """An identity of an assignment that fits a line."""
+    return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
+
+
+def staged_name(output: Path | None) -> Path:
+    """Where a result will stand; any name will do when it stays in memory."""
+    return output or Path("model.onnx")
+
+
+class Builder:
+    """Makes candidates of one model for one target.
+
+    Args:
+        model: the original, whose large weights lie in `context.folder`.
+        context: everything but the prices; its data is the calibration data.
+        workspace: where files are written.
+        output: where the result will stand, None for nowhere.
+        external: whether the original's weights are external.
+        avoid: resolved paths that must not be replaced.
+        progress: called with (what is done, steps done, steps in all).
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        context: Context,
+        workspace: modelio.Workspace,
+        output: Path | None,
+        external: bool,
+        avoid: set[Path],
+        progress: Callable[[str, int, int], None],
+    ):
+        self.original = model
+        self.context = dataclasses.replace(context, store={}, codes={}, progress=progress)
+        self.workspace = workspace
+        self.output = output
+        self.external = external
+        self.avoid = avoid
+        self.progress = progress
+        self.refused: dict[tuple[str, str], str] = {}
+        self.measured: dict[tuple[str, str], tuple[float, float]] = {}
+        saved = context.ranges is not None or context.save_ranges is not None
+        # Ranges that are saved are those of the model itself.
+        self.variants: tuple[str, ...] = VARIANTS if self.calibrated and not saved else ("none",)
+        self.variant = self.variants[0]
+        self._surveyed: ir.Model | None = None
+        self._survey_steps: list[Step] = []
+        self._variants: dict[str, tuple[ir.Model, list[Step], Context]] = {}
+        self._changed: dict[str, bool] = {}
+        self.unfollowed: list[str] = []
+
+    @property
+    def prepared(self) -> ir.Model:
+        """The model with everything done that does not depend on the assignment, in the present variant."""
+        self._prepare()
+        return self._variants[self.variant][0]
+
+    @property
+    def variant_context(self) -> Context:
+        """The context with the statistics and the folder of the present variant."""
+        self._prepare()
+        return self._variants[self.variant][2]
+
+    def savings(self) -> dict[tuple[str, str], float]:
+        """(node, scheme) -> seconds that it saves, by the target's costs or as measured; of every kernel there is."""
+        self._prepare()
+        if not self.context.scheme.parts:
+            return {}
+        found: dict[tuple[str, str], float] = {}
+        rules = self.rules()
+        for node in self.prepared.graph:
+            for scheme, kernel in rules.kernels(node)[0].items():
+                if kernel.form is not Form.QDQ or self.context.data is not None:
+                    found[node.name or "", scheme] = kernel.float_seconds - kernel.integer_seconds + kernel.price
+        self.unfollowed = rules.unfollowed
+        return found
+
+    def rules(self) -> Rules:
+        """What decides about kernels, but for prices."""
+        context = self.context
+        choices = {**context.choices, **dict.fromkeys(context.keep_float, FLOAT)}
+        calibrated = context.data is not None
+        return Rules(context.target, context.scheme, choices, self.refused, self.measured, calibrated=calibrated)
+
+    def differs(self) -> bool:
+        """Whether the present variant is another model than the variants before it."""
+        self._prepare()
+        if self.variant == "none":
+            return any(one != "none" and self._changed[one] for one in self._changed)
+        explicit = sum(s.operators.get("Mul", 0) for s in self._variants[self.variant][1] if s.name == "Smooth") > 0
+        return explicit if self.variant == "explicit" else True
+
+    def _prepare(self) -> None:
+        """Survey once; scale channels once for each variant, whose statistics are its own."""
+        if self._surveyed is None:
+            pipeline = registry.pipeline("survey")(self.context)
+            self._surveyed = pipeline(self.original.clone()).model
+            self._survey_steps = pipeline.steps
+        if self.variant not in self._variants:
+            context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={})
+            model, steps = self._surveyed.clone(), self._survey_steps
+            if self.variant != "none":
+                pipeline = registry.pipeline("scale")(context)
+                model = pipeline(model).model
+                steps = [*steps, *pipeline.steps]
+                self._changed[self.variant] = any(getattr(one, "changes", ()) for one in pipeline.passes)
+            # Weights that were changed are new; they go to disk like the others.
+            context = dataclasses.replace(context, folder=self.workspace.spill(model))
+            self._variants[self.variant] = model, steps, context
+
+    def assignment(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None) -> dict[str, str]:
+        """What `build` would quantize, and to what, without doing it.
+
+        Raises:
+            NothingQuantizedError: nothing.
+        """
+        model = self.prepared.clone()
+        registry.pipeline("assign")(self._priced(prices, scheme))(model)
+        return _assignment(model)
+
+    def build(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None, learn: bool = False) -> Built:
+        """A candidate whose planned kernels all appear in the runtime; what does not fuse is refused from now on.
+
+        Args:
+            prices: of lost accuracy.
+            scheme: instead of the context's.
+            learn: whether roundings are learned.
+
+        Raises:
+            NothingQuantizedError: no node is worth quantizing.
+            AuditError: the runtime does not do what was planned, however little is.
+        """
+        wanted = scheme or self.context.scheme
+        for attempt in range(_ROUNDS):
+            if wanted.pipeline == "quantize":
+                model, before = self.prepared.clone(), self._variants[self.variant][1]
+                pipeline = registry.pipeline("write")(dataclasses.replace(self._priced(prices, wanted), learn=learn))
+            else:
+                model, before = self.original.clone(), []
+                pipeline = registry.pipeline(wanted.pipeline)(self._priced(prices, wanted))
+            model = pipeline(model).model
+            if not wanted.parts:
+                self._explain(model)
+            assignment = _assignment(model)
+            staged = modelio.stage(model, staged_name(self.output), self.workspace, self.external, self.avoid)
+            self.progress("auditing", 0, 0)
+            plan = audit.plan_of(model)
+            try:
+                found = audit.audit(staged.path, plan, self.context.target)
+            except BaseException:
+                staged.discard()
+                raise
+            if found.clean:
+                return Built(model, staged, outcome.nodes(model, found), [*before, *pipeline.steps], assignment)
+            refused = outcome.not_chosen(model, found)
+            if attempt + 1 == _ROUNDS or not refused.keys() - self.refused.keys():
+                staged.discard()
+                raise AuditError(found.summary)
+            self.refused.update(refused)
+            staged.discard()
+        raise AssertionError("unreachable")
+
+    def explained(self, built: Built) -> list[NodeReport]:
+        """The nodes of a candidate that is all float, with what the whole search found to be the reasons."""
+        self._explain(built.model)
+        return outcome.nodes(built.model, audit.Audit({}, {}, {}))
+
+    def _explain(self, model: ir.Model) -> None:
+        """Why each node of a graph that is all float has no kernel."""
+        reasons: dict[str | None, str] = {}
+        default = "the scheme leaves all nodes in float"
+        if self.context.scheme.parts:
+            default = "no candidate with its integer kernel was better than the float graph"
+            planned = self.prepared.clone()
+            with contextlib.suppress(NothingQuantizedError):
+                registry.pipeline("assign")(self._priced(None, None))(planned)
+            reasons = {node.name: str(node.meta[REASON]) for node in planned.graph if REASON in node.meta}
+        for node in model.graph:
+            node.meta[REASON] = reasons.get(node.name, default)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is data to fix ranges with, and a scheme that wants it."""
+        return self.context.data is not None and self.context.scheme.static
+
+    def learning_seconds(self) -> float:
+        """About how long learned roundings would take; 0 where there is nothing to learn from."""
+        if not self.calibrated:
+            return 0.0
+        work = 0.0
+        for node in self.prepared.graph:
+            shape = list(graph.run_shape(node.inputs[1]) or ()) if _SAMPLE in node.meta else []
+            if shape:
+                rows = len(shape) > 2 or bool(node.attributes.get_int("transB", 0))
+                outputs = shape[0] if rows else shape[-1]
+                inputs = math.prod(shape) // max(1, outputs)
+                work += inputs * inputs * (outputs + inputs)
+        return work / _LEARNED_PER_SECOND
+
+    def _priced(self, prices: Prices | None, scheme: Scheme | Mixture | None) -> Context:
+        return dataclasses.replace(
+            self.variant_context,
+            save_ranges=self.context.save_ranges,
+            scheme=scheme or self.context.scheme,
+            prices=prices or {},
+            refused=self.refused,
+            measured=self.measured,
+        )
+
+
+def _assignment(model: ir.Model) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for node in model.graph:
+        kernel: Kernel | None = node.meta.get(KERNEL)
+        if kernel is not None and node.name:
+            found[node.name] = kernel.scheme
+    return found

@@ -1,0 +1,299 @@
+"""Any-time choice of a scheme for each node: the least latency within the budget, best so far always at hand.
+
+Loss is priced in seconds: a node goes into a scheme when the time saved is worth more than its noise times a price. At
+each price the cheapest assignment is found exactly (a minimum cut), so price by price the candidates lie on the convex
+hull of the trade-off between latency and noise (Lagrangian relaxation; Everett, "Generalized Lagrange Multiplier
+Method", 1963). Noise is estimated for all nodes and measured for the few that decide; loss and speed of a candidate are
+always measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+
+from qgraph.builder import Builder, Built, digest
+from qgraph.compare import Runnable
+from qgraph.errors import AuditError, DataError, ExecutionError, NothingQuantizedError, QuantizationError
+from qgraph.judge import Judge
+from qgraph.noises import Noises
+from qgraph.sensitivity import Estimate, total
+from qgraph.spec import Mixture, Scheme
+from qgraph.trials import Trial, Trials
+
+__all__ = ["Search"]
+
+_STEPS = 12
+_MATTER = 8
+_MARGIN = 0.9
+_KEPT = 3
+_LEARNING = 0.3
+_MEASURING = 0.4
+_WORTH = 0.8
+_HOPELESS = 2.5
+"""Times the allowed loss that learned roundings will not make up for: they gain 1 to 2 dB where they gain."""
+FLOAT = "fp32"
+
+
+class Search:
+    """Finds candidates; which of those within the budget is fastest is for the clock to say.
+
+    Args:
+        builder: makes candidates.
+        judge: measures their loss.
+        estimate: noise of each node in each scheme, in the builder's present variant.
+        trials: what was tried before.
+        deadline: of `time.monotonic`.
+        progress: called with (what is done, steps done, steps in all).
+        unlimited: whether the budget does not count: then the fastest is all there is to find.
+        glance: a first look at a candidate's speed, threads -> times faster; None to do without.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        judge: Judge,
+        estimate: Callable[[], list[Estimate]],
+        trials: Trials,
+        deadline: float,
+        progress: Callable[[str, int, int], None],
+        unlimited: bool = False,
+        glance: Callable[[Runnable], dict[str, float]] | None = None,
+    ):
+        self.builder = builder
+        self.judge = judge
+        self.trials = trials
+        self.deadline = deadline
+        self.progress = progress
+        self.built: dict[str, Built] = {}
+        self.noises = Noises(builder, judge, estimate, trials, progress)
+        self._saved = builder.savings()
+        for trial in trials.trials.values():
+            # What an earlier search knew of times is not known here.
+            trial.saved, trial.speed = self._sum(trial.assignment), {}
+        self._longest = 0.0
+        # The clock has no say in what is tried, as long as there is time.
+        self._limit = deadline - time.monotonic()
+        self._unlimited = unlimited
+        self._glance = glance
+
+    # -- what a caller wants to know --------------------------------------------------------------------------------
+
+    def within(self) -> list[str]:
+        """Digests of the trials within the budget, fastest by estimate first."""
+        trials = self.trials.trials
+        good = [(k, t) for k, t in trials.items() if t.within or (self._unlimited and not t.failed)]
+        # Variants of one assignment save the same: then the more faithful one goes first.
+        return [key for key, _ in sorted(good, key=lambda one: (-round(one[1].saved, 9), one[1].strain, one[0]))]
+
+    def get(self, key: str) -> Built:
+        """The files of a trial, built again if they are gone or were never here."""
+        self.builder.variant = self.trials.trials[key].variant
+        if key not in self.built:
+            assignment = self.trials.trials[key].assignment
+            if not assignment:
+                self.built[key] = self.builder.build(scheme=_float_scheme())
+            else:
+                prices = {(n, s): -1.0 if assignment.get(n) == s else math.inf for n, s in self._saved}
+                self.built[key] = self.builder.build(prices, learn=self.trials.trials[key].learned)
+        return self.built[key]
+
+    def relearn(self, measured: Mapping[tuple[str, str], tuple[float, float]]) -> None:
+        """Take measured times, (node, scheme) -> (in float, in it), in place of estimates; also for what was tried."""
+        self._saved.update({key: before - after for key, (before, after) in measured.items()})
+        for trial in self.trials.trials.values():
+            trial.saved = self._sum(trial.assignment)
+
+    def _sum(self, assignment: Mapping[str, str]) -> float:
+        return sum(self._saved.get(pair, 0.0) for pair in assignment.items())
+
+    # -- the search -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Try assignments until the budget is met as closely as pays, or the time is up."""
+        self._try_float()
+        first = self._first()
+        if first is None or first.within or self._unlimited or self._late() or self._learn(first):
+            return
+        # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
+        half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
+        self.noises.measure(_MATTER, lambda: self._late() or time.monotonic() > half)
+        self._narrow(first)
+
+    def _first(self) -> Trial | None:
+        """The fastest assignment, with channels scaled in the way that loses least; None when nothing can be had."""
+        best: Trial | None = None
+        for variant in self.builder.variants:
+            if best is not None and (self._late() or (variant == "explicit" and (best.within or self._unlimited))):
+                break
+            self.builder.variant = variant
+            if best is not None and not self.builder.differs():
+                continue
+            trial = self._try(0.0, "fastest" if variant == self.builder.variants[0] else f"fastest, {variant}")
+            # Multiplications take time, so they have to bring something.
+            worth = _WORTH if variant == "explicit" else 1.0
+            if trial is not None and (best is None or trial.strain < worth * best.strain):
+                best = trial
+        if best is not None:
+            self.builder.variant = best.variant
+        return best
+
+    def _key(self, assignment: Mapping[str, str], learned: bool = False) -> str:
+        plain = not assignment or not self.builder.calibrated
+        return digest(assignment) + ("" if plain else f"-{self.builder.variant}") + "-learned" * learned
+
+    def _late(self) -> bool:
+        return time.monotonic() + self._longest > self.deadline
+
+    def _try_float(self) -> Trial:
+        """The graph rewritten and nothing quantized: what there is when no scheme fits."""
+        key = digest({})
+        if key not in self.trials.trials:
+            self.progress("trying fp32", 0, 0)
+            self.built[key] = self.builder.build(scheme=_float_scheme())
+            self._judge(key, FLOAT, {}, self.built[key])
+        return self.trials.trials[key]
+
+    def _learn(self, first: Trial) -> bool:
+        """Try the fastest with ranges and roundings that are learned, where that takes little of the time left."""
+        seconds = self.builder.learning_seconds()
+        if not 0 < seconds < _LEARNING * self._limit or first.strain > _HOPELESS:
+            return False
+        key = self._key(first.assignment, learned=True)
+        if key not in self.trials.trials:
+            self.progress("learning roundings", 0, 0)
+            try:
+                built = self.builder.build(self._prices(0.0), learn=True)
+            except (QuantizationError, AuditError, ExecutionError):
+                return False
+            self._judge(key, f"{first.name}, learned", built.assignment, built, learned=True)
+        return self.trials.trials[key].within
+
+    def _prices(self, price: float) -> dict[tuple[str, str], float]:
+        return {key: price * noise for key, noise in self.noises.values().items()} if price else {}
+
+    def _try(self, price: float, name: str) -> Trial | None:
+        """Build and judge the best assignment at a price, unless it was tried; None when it quantizes nothing."""
+        prices = self._prices(price)
+        try:
+            assignment = self.builder.assignment(prices)
+        except NothingQuantizedError:
+            return None
+        key = self._key(assignment)
+        if key in self.trials.trials:
+            return self.trials.trials[key]
+        start = time.monotonic()
+        self.progress(f"trying {name}", len(self.trials.trials), 0)
+        try:
+            built = self.builder.build(prices)
+        except NothingQuantizedError:
+            return None
+        except (AuditError, ExecutionError, QuantizationError) as error:
+            trial = Trial(self._name(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
+            self.trials.add(key, trial)
+            return trial
+        # The audit may have taken nodes out.
+        key = self._key(built.assignment)
+        if key in self.trials.trials:
+            built.staged.discard()
+        else:
+            self._judge(key, name, built.assignment, built)
+        self._longest = max(self._longest, time.monotonic() - start)
+        return self.trials.trials[key]
+
+    def _judge(self, key: str, name: str, assignment: dict[str, str], built: Built, learned: bool = False) -> None:
+        try:
+            verdict = self.judge.judge(built.runnable)
+        except (DataError, ExecutionError) as error:
+            if not assignment:
+                # Where even the float graph cannot be judged, nothing can.
+                raise
+            built.staged.discard()
+            failed = Trial(self._name(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
+            self.trials.add(key, failed)
+            return
+        loss = next(iter(verdict.losses.values()), 0.0)
+        sqnr = verdict.fidelity.worst.sqnr
+        trial = Trial(self._name(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment))
+        trial.disk, trial.variant, trial.learned = built.staged.nbytes, self.builder.variant, learned
+        if self._glance is not None:
+            trial.speed = self._glance(built.runnable)
+        self.built[key] = built
+        self.trials.add(key, trial)
+        self._let_go()
+
+    def _name(self, wanted: str) -> str:
+        """A label that no trial has: the search may come by a second time."""
+        taken = {trial.name for trial in self.trials.trials.values()}
+        others = (f"{wanted} ({number})" for number in itertools.count(2))
+        return next(name for name in itertools.chain([wanted], others) if name not in taken)
+
+    def _let_go(self) -> None:
+        """Keep the files of the most promising trials only."""
+        keep = {digest({}), *self.within()[:_KEPT]}
+        for key in [key for key in self.built if key not in keep]:
+            self.built.pop(key).staged.discard()
+
+    def _narrow(self, first: Trial) -> None:
+        """Bisect the price between the last that is outside the budget and the first that is within."""
+        noises = self.noises.values()
+        fails, holds = 0.0, math.inf
+        worst = first
+        saving = sum(max(self._saved[pair], 0.0) for pair in first.assignment.items() if pair in self._saved)
+        unit = max(saving, 1e-9) / max(total(noises, first.assignment), 1e-30)
+        aim = total(noises, worst.assignment) / max(worst.strain, 1.0) * _MARGIN
+        tried: set[str] = {self._key(first.assignment)}
+        for step in range(_STEPS):
+            if self._late():
+                return
+            price = self._price_for(aim, fails, holds, unit)
+            if price is None:
+                return
+            trial = self._try(price, f"mixed {step + 1}")
+            if trial is None:
+                holds = price
+                aim = math.inf
+            else:
+                key = self._key(trial.assignment)
+                noise = total(noises, trial.assignment)
+                if trial.within:
+                    holds = price
+                    # Look for one that loses a little more.
+                    aim = noise / max(trial.strain, 0.05) * _MARGIN
+                else:
+                    fails = price
+                    aim = noise / min(max(trial.strain, 1.05), 1e6) * _MARGIN
+                if key in tried:
+                    aim = math.inf
+                tried.add(key)
+            if not math.isinf(holds) and fails > 0 and holds / fails < 1.1:
+                return
+
+    def _price_for(self, aim: float, fails: float, holds: float, unit: float) -> float | None:
+        """A price between `fails` and `holds` whose assignment has about the noise `aim`; None when none is."""
+        low = max(fails, unit * 1e-4)
+        high = holds if not math.isinf(holds) else unit * 1e6
+        if high / low < 1.05:
+            return None
+        if math.isinf(aim):
+            return math.sqrt(low * high)
+        noises = self.noises.values()
+        inner_low, inner_high = low, high
+        for _ in range(10):
+            middle = math.sqrt(inner_low * inner_high)
+            try:
+                noise = total(noises, self.builder.assignment(self._prices(middle)))
+            except NothingQuantizedError:
+                noise = 0.0
+            if noise > aim:
+                inner_low = middle
+            else:
+                inner_high = middle
+        # Kept away from the ends, which are known.
+        return min(max(inner_high, low * 1.02), high / 1.02)
+
+
+def _float_scheme() -> Scheme | Mixture:
+    return Mixture(FLOAT, (), "float")

@@ -1,0 +1,164 @@
+"""What the search has tried, kept on disk on request, so that an interrupted search goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from qgraph.errors import DataError, ModelError, first_line
+from qgraph.report import Budget, Candidate
+
+__all__ = ["Trial", "Trials"]
+
+_VERSION = 1
+_SHOWN = 4
+
+
+@dataclasses.dataclass
+class Trial:
+    """One assignment and what was measured of it.
+
+    Attributes:
+        name: short label.
+        assignment: scheme of each quantized node.
+        loss: under the budget's first metric.
+        strain: the largest loss as a share of its limit; above 1 is outside the budget.
+        sqnr: of the worst output, dB.
+        saved: seconds saved on one thread, by the target's costs.
+        disk: bytes.
+        speed: threads -> times faster than the original.
+        failed: why it could not be had, or an empty string.
+        variant: how channels are scaled, see `Builder`.
+        learned: whether its ranges and roundings are learned.
+    """
+
+    name: str
+    assignment: dict[str, str]
+    loss: float
+    strain: float
+    sqnr: float
+    saved: float
+    disk: int = 0
+    speed: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
+    failed: str = ""
+    variant: str = "none"
+    learned: bool = False
+
+    @property
+    def within(self) -> bool:
+        """Whether it is inside the budget."""
+        return not self.failed and self.strain <= 1.0
+
+    @property
+    def slowest(self) -> float:
+        """Least measured ratio; below 1 is slower than the original. 1 when nothing was timed."""
+        return min(self.speed.values(), default=1.0)
+
+    @property
+    def rate(self) -> float:
+        """One number for the speed at all thread counts: their product; slower than the original at any counts so."""
+        product = math.prod(self.speed.values())
+        return product if self.slowest >= 1.0 else min(product, self.slowest)
+
+    def words(self, metric: str) -> str:
+        """What it loses and brings."""
+        if self.failed:
+            return f"{self.name}: {self.failed}"
+        speed = "".join(f", {ratio:.2f}x on {threads} thread(s)" for threads, ratio in self.speed.items())
+        return f"{self.name} loses {self.loss:.3g} of {metric} ({self.sqnr:.1f} dB){speed}"
+
+    def candidate(self, chosen: bool, rejected: bool = False) -> Candidate:
+        """For the report; `rejected` by the data that the result was judged on."""
+        counts: dict[str, int] = {}
+        for scheme in self.assignment.values():
+            counts[scheme] = counts.get(scheme, 0) + 1
+        if chosen:
+            verdict = "chosen"
+        elif self.failed:
+            verdict = self.failed
+        elif rejected:
+            verdict = "loses too much on the evaluation data"
+        elif not self.within:
+            verdict = "loses too much"
+        elif self.slowest < 1.0:
+            verdict = "slower"
+        else:
+            verdict = "within"
+        measured = not self.failed
+        return Candidate(
+            self.name,
+            dict(sorted(counts.items())),
+            self.loss if measured else None,
+            self.sqnr if measured else None,
+            dict(self.speed),
+            self.disk or None,
+            verdict,
+        )
+
+
+class Trials:
+    """All trials by the digest of their assignment, and the measured noise of single nodes.
+
+    Args:
+        path: file to keep them in; None keeps them in memory.
+        key: of the model, the data and the options; a file of another key is refused.
+    """
+
+    def __init__(self, path: Path | None, key: str):
+        self._path = path
+        self._key = key
+        self.trials: dict[str, Trial] = {}
+        self.noises: dict[tuple[str, str], float] = {}
+        self.resumed = 0
+        if path is not None and path.exists():
+            self._load(path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            stored: Any = json.loads(path.read_text())
+            key, version = stored["key"], stored["version"]
+            trials = {str(name): Trial(**one) for name, one in stored["trials"].items()}
+            noises = {(node, scheme): float(noise) for node, scheme, noise in stored["noises"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{str(path)!r} holds no state of a search: {first_line(error)}") from error
+        if (key, version) != (self._key, _VERSION):
+            raise DataError(
+                f"{str(path)!r} is the state of a search on another model, other data or other options. "
+                "Name another file, or remove it."
+            )
+        self.trials, self.noises, self.resumed = trials, noises, len(trials)
+
+    def add(self, digest: str, trial: Trial) -> None:
+        """Remember, and save."""
+        self.trials[digest] = trial
+        self.save()
+
+    def nothing(self, what: str, budget: Budget | None) -> str:
+        """Why nothing is written, with the best trade-offs found."""
+        trials = sorted(self.trials.values(), key=lambda trial: trial.strain)
+        text, metric = (budget.text, budget.metric) if budget is not None else ("no budget", "accuracy")
+        found = "; ".join(trial.words(metric) for trial in trials[:_SHOWN])
+        return (
+            f"{what} ({text}), so nothing was written. The best trade-offs found: {found}. "
+            "Widen the budget, give the search more time (--time-limit), or use --force."
+        )
+
+    def save(self) -> None:
+        """Write the file, beside and moved into place."""
+        if self._path is None:
+            return
+        stored = {
+            "version": _VERSION,
+            "key": self._key,
+            "trials": {name: dataclasses.asdict(trial) for name, trial in self.trials.items()},
+            "noises": [[node, scheme, noise] for (node, scheme), noise in self.noises.items()],
+        }
+        temporary = self._path.with_name(f".{self._path.name}.part")
+        try:
+            temporary.write_text(json.dumps(stored, indent=1) + "\n")
+            temporary.replace(self._path)
+        except OSError as error:
+            raise ModelError(f"Cannot write the search's state to {str(self._path)!r}: {error.strerror}.") from error

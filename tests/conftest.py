@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import hypothesis
@@ -136,8 +137,8 @@ class ModelKit:
     @staticmethod
     def node_times(monkeypatch):
         """Profiles that find every node twice as fast in integers as in float."""
-        found = [_Constant(2.0), _Constant(1.0)]
-        monkeypatch.setattr(bench, "node_times", lambda *_, **__: found.pop(0))
+        found = itertools.cycle([_Constant(2.0), _Constant(1.0)])
+        monkeypatch.setattr(bench, "node_times", lambda *_, **__: next(found))
 
     @staticmethod
     def integer(model):

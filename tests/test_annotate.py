@@ -328,7 +328,7 @@ def test_keep_float_of_a_node_that_was_merged_into_another(model_kit, annotated)
     "pattern, near", [("Cov", "Conv"), ("none*", "There are|Known"), ("BatchNormalization", "Known")]
 )
 def test_keep_float_without_effect_is_an_error(annotated, chain, pattern, near):
-    with pytest.raises(OptionError, match=rf"node or operator to keep in float.*{pattern[:3]}.*({near})"):
+    with pytest.raises(OptionError, match=rf"node or operator to choose for.*{pattern[:3]}.*({near})"):
         annotated(chain, keep_float=("b", pattern))
 
 
@@ -355,9 +355,13 @@ def test_kept_relu_is_not_absorbed(model_kit, annotated, residual):
 
 
 def test_refused_nodes_keep_the_reason_they_were_given(model_kit, annotated, chain):
-    refused = {"b": "the runtime did not like it", "nobody": "..."}
+    refused = {("b", "int8"): "the runtime did not like it", ("nobody", "int8"): "..."}
     assert annotated(chain, refused=refused) == {"a", "c", "y"}
     assert model_kit.reasons(chain)["b"] == "the runtime did not like it"
+
+
+def test_what_is_refused_in_one_scheme_may_run_in_another(model_kit, annotated, chain):
+    assert annotated(chain, refused={("b", "int8-dynamic"): "..."}) == {"a", "b", "c", "y"}
 
 
 @pytest.mark.parametrize("layer", ["MatMul (x, W)", "Gemm (x, W, b)"])
@@ -446,7 +450,8 @@ def test_measured_times_replace_the_estimates(model_kit, chain):
     for node in chain.graph:
         node.name = node.outputs[0].name
     target = Priced()
-    Annotate(target, target.scheme("int8"), measured={"a": (1.0, 30.0)})(chain)
+    times = {("a", "int8"): (1.0, 30.0), ("b", "int8-dynamic"): (1.0, 30.0)}
+    Annotate(target, target.scheme("int8"), measured=times)(chain)
     assert {node.name for node in chain.graph if KERNEL in node.meta} == {"b", "c", "y"}
 
 

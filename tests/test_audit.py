@@ -28,7 +28,7 @@ def built(model_kit, tmp_path):
         W=n(4, 3, 3, 3),
         b=n(4),
         V=n(4, 4, 3, 3),
-        shape=[1, 4, 8, 8],
+        shape=[4, 8, 8],
     )
     for node in model.graph:
         node.name = f"/net/{node.outputs[0].name}"

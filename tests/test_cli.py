@@ -64,6 +64,7 @@ def listing(folder):
 
 
 QUIET = ("--bench-seconds", 0)
+GOOD = ("--data", "data.npz", *QUIET)
 
 
 # -- commands -------------------------------------------------------------------------------------------------------
@@ -88,12 +89,20 @@ def test_optimize_with_every_option(work):
     found = run(
         *("optimize", "m.onnx", "out.onnx", "--data", "data.npz", "--eval", "data.npy", "--target", "cpu"),
         *("--scheme", "int8", "--observer", "minmax", "--keep-float", "/net/?", "--memory", 1, "--force"),
-        *("--bench-seconds", 0.1, "--report", "r.json", "--save-ranges", "ranges.npz"),
+        *("--bench-seconds", 0.1, "--report", "r.json", "--save-ranges", "ranges.npz", "--state", "state.json"),
+        *("--max-loss", "90%", "--metric", "agreement", "--min-sqnr", 5, "--min-cosine", 0.5, "--min-agreement", 0.1),
+        *("--time-limit", 30, "--override", "Gemm=int8", "--save-config", "c.toml"),
     )
     assert found.exit_code == 0, found.output
     plain = json.loads((work / "r.json").read_text())
-    assert [node["name"] for node in plain["nodes"] if node["kernel"]] == ["/net/logits"]
+    # Which of the two is faster is for the clock to say; in the one that is quantized it is this node.
+    assert {node["name"]: node["scheme"] for node in plain["nodes"] if node["kernel"]} in ({}, {"/net/logits": "int8"})
     assert plain["speed"] and plain["fidelity"]["held_back"]
+    text, margin = plain["budget"]["text"].split(" (", 1)
+    assert text == "loss of agreement at most 90%, SQNR at least 5 dB, cosine at least 0.5, agreement at least 0.1"
+    assert margin.startswith("losses on ") and margin.endswith("-fold)")
+    assert {one["name"]: one["nodes"] for one in plain["candidates"]} == {"fp32": {}, "fastest": {"int8": 1}}
+    assert (work / "state.json").is_file() and (work / "c.toml").is_file()
     assert (work / "ranges.npz").is_file()
 
 
@@ -155,14 +164,201 @@ def test_targets_and_passes(work):
 
 def test_version_and_help(work):
     assert qgraph.__version__ in run("--version").output
-    for command in ("optimize", "inspect", "validate", "bench", "targets", "passes"):
+    for command in ("optimize", "sensitivity", "inspect", "validate", "bench", "targets", "passes"):
         found = run(command, "-h")
         assert found.exit_code == 0 and command in found.output
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------
+# -- the search -----------------------------------------------------------------------------------------------------
 
-GOOD = ("--data", "data.npz", *QUIET)
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "int8-weights", "fp32", "auto"])
+def test_schemes(work, scheme):
+    found = run(
+        "optimize", "m.onnx", "out.onnx", "--data", "data.npz", "--scheme", scheme, *QUIET, "--report", "r.json"
+    )
+    assert found.exit_code == 0, found.output
+    nodes = json.loads((work / "r.json").read_text())["nodes"]
+    seen = {node["scheme"] for node in nodes if node["kernel"]}
+    assert seen <= {scheme} or scheme == "auto"
+    # Rows of 16 weights are less than a block of 128: there is nothing to do, and the reason says so.
+    if scheme == "int8-weights":
+        assert {node["reason"] for node in nodes if node["op_type"] == "Gemm"} == {
+            "its 16 rows are less than one block of 128"
+        }
+    elif scheme != "fp32":
+        assert seen
+
+
+def test_without_data_the_schemes_that_need_none(work):
+    found = run("optimize", "m.onnx", "out.onnx", *QUIET, "--report", "r.json")
+    assert found.exit_code == 0, found.output
+    assert "random inputs, which says little" in " ".join(found.output.split())
+    plain = json.loads((work / "r.json").read_text())
+    assert {node["scheme"] for node in plain["nodes"] if node["kernel"]} == {"int8-dynamic"}
+    assert plain["calibration_samples"] == 0
+
+
+def test_overrides_by_name_go_before_operators(work):
+    found = run(
+        *("optimize", "m.onnx", "out.onnx", "--data", "data.npz", *QUIET, "--report", "r.json"),
+        *("--override", "/net/h=int8-dynamic", "--override", "Gemm=float"),
+    )
+    assert found.exit_code == 0, found.output
+    nodes = {node["name"]: node for node in json.loads((work / "r.json").read_text())["nodes"]}
+    assert nodes["/net/h"]["scheme"] == "int8-dynamic"
+    assert nodes["/net/logits"]["reason"] == "left in float by the option 'Gemm'"
+
+
+def test_labels_and_metrics(work):
+    rows = np.load("data.npy")
+    scores = qgraph.session.Session(work / "m.onnx").run({"image": rows})["logits"]
+    np.savez("labelled.npz", image=rows, labels=scores.argmax(axis=1))
+    (work / "mine.py").write_text("def constant(outputs):\n    return sum(len(o['logits']) for _, o in outputs)\n")
+    for metric, words in (("top1", "loss of top1 at most 1%"), ("top5", "top5"), ("mine:constant", "mine:constant")):
+        found = run(
+            *("optimize", "m.onnx", "out.onnx", "--data", "labelled.npz", "--metric", metric, *QUIET),
+            *("--report", "r.json"),
+        )
+        assert found.exit_code == 0, found.output
+        assert words in json.loads((work / "r.json").read_text())["budget"]["text"]
+
+
+def test_state_is_taken_up_again(work):
+    command = ("optimize", "m.onnx", "out.onnx", "--data", "data.npz", *QUIET, "--state", "state.json")
+    first = run(*command)
+    assert first.exit_code == 0, first.output
+    result, state = (work / "out.onnx").read_bytes(), json.loads((work / "state.json").read_text())
+    second = run(*command)
+    assert "candidates were measured before" in second.output.replace("\n", " ")
+    assert (work / "out.onnx").read_bytes() == result
+    assert json.loads((work / "state.json").read_text()) == state
+    # What was measured under other conditions says nothing about these.
+    np.savez("other.npz", image=np.load("data.npy")[::-1] + 1)
+    others = (("--min-sqnr", 20), ("--data", "other.npz"), ("--keep-float", "/net/h"), ("--override", "/net/h=int8"),
+              ("--observer", "minmax"), ("--scheme", "int8"), ("--target", "arm64"))  # fmt: skip
+    for change in others:
+        found = run(*command, *change)
+        assert found.exit_code == 1, change
+        assert "another model, other data or other options" in " ".join(found.output.split()), change
+    assert json.loads((work / "state.json").read_text()) == state
+
+
+def test_an_interrupted_search_writes_the_best_it_has(work, monkeypatch):
+    """Ctrl-C while the quantized candidate is judged: what was found until then is a result all the same."""
+    real, calls = compare.Reference.compare, []
+
+    def fail(*args, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **more)
+
+    monkeypatch.setattr(compare.Reference, "compare", fail)
+    found = run("optimize", "m.onnx", "out.onnx", *GOOD, "--report", "r.json")
+    assert found.exit_code == 0, found.output
+    assert "interrupted" in found.output
+    assert {one["name"]: one["verdict"] for one in json.loads((work / "r.json").read_text())["candidates"]} == {
+        "fp32": "chosen"
+    }
+    onnx.checker.check_model(onnx.load("out.onnx"))
+    assert not list(work.glob(".*"))
+
+
+def test_options_from_a_file(work):
+    (work / "c.toml").write_text(
+        'scheme = "int8"\nmax-loss = "50%"\nbench_seconds = 0\ndata = "data.npz"\nreport = "r.json"\n'
+        'keep-float = ["/net/h"]\n[override]\n"/net/l*" = "int8-dynamic"\n'
+    )
+    found = run("optimize", "m.onnx", "out.onnx", "--config", "c.toml")
+    assert found.exit_code == 0, found.output
+    plain = json.loads((work / "r.json").read_text())
+    assert plain["scheme"] == "int8" and plain["budget"]["limit"] == 0.5
+    assert {node["name"]: node["scheme"] for node in plain["nodes"] if node["kernel"]} == {
+        "/net/logits": "int8-dynamic"
+    }
+    # The command line goes before the file, option by option.
+    found = run("optimize", "m.onnx", "out.onnx", "--scheme", "fp32", "--max-loss", "2%", "--config", "c.toml")
+    assert found.exit_code == 0, found.output
+    plain = json.loads((work / "r.json").read_text())
+    assert plain["scheme"] == "fp32" and plain["budget"]["limit"] == 0.02
+
+
+def test_options_saved_to_a_file_give_the_same_result(work):
+    options = (
+        *("--data", "data.npz", "--scheme", "int8", "--max-loss", "30%", "--keep-float", "/net/h", "--memory", 3),
+        *("--override", "/net/l*=int8-dynamic", "--observer", "minmax", *QUIET),
+    )
+    assert run("optimize", "m.onnx", "a.onnx", *options, "--save-config", "c.toml").exit_code == 0
+    text = (work / "c.toml").read_text()
+    assert "save" not in text and "config" not in text and "metric" not in text, "what was not given is not written"
+    found = run("optimize", "m.onnx", "b.onnx", "--config", "c.toml")
+    assert found.exit_code == 0, found.output
+    assert (work / "a.onnx").read_bytes() == (work / "b.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("schema = 'int8'", "key in 'c.toml': 'schema'.*Did you mean 'scheme'"),
+        ("max_los = '1%'", "'max_los'.*Did you mean 'max-loss'"),
+        ("config = 'other.toml'", "key in 'c.toml': 'config'"),
+        ("override = 'Gemm=int8'", "override is a table"),
+        ("keep-float = [1]", "neither a number, a text nor a list of texts"),
+        ("[scheme]\nx = 1", "neither a number, a text nor a list of texts"),
+        ("scheme = ", "Cannot read the configuration 'c.toml'"),
+        ("scheme = 'int9'", "Did you mean 'int8'"),
+    ],
+)
+def test_errors_in_a_file_of_options(work, text, words):
+    (work / "c.toml").write_text(text)
+    before = listing(work)
+    found = run("optimize", "m.onnx", "out.onnx", *GOOD, "--config", "c.toml")
+    assert found.exit_code == 1, found.output
+    assert re.search(words, " ".join(found.output.split())), found.output
+    assert found.output.startswith("Error: ") and listing(work) == before
+
+
+def test_a_wrong_type_in_a_file_of_options_is_a_message(work):
+    (work / "c.toml").write_text("memory = 'much'")
+    found = run("optimize", "m.onnx", "out.onnx", *GOOD, "--config", "c.toml")
+    assert found.exit_code == 2 and "--memory" in found.output and "Traceback" not in found.output
+
+
+def test_sensitivity(work):
+    before = listing(work)
+    found = run("sensitivity", "m.onnx", "--data", "data.npz", "--exact", 1)
+    assert found.exit_code == 0, found.output
+    assert listing(work) == before, "nothing is written"
+    rows = [line.split() for line in found.output.splitlines() if "Gemm" in line]
+    assert {row[0] for row in rows} == {"/net/h", "/net/logits"}
+    assert {row[2] for row in rows} == {"int8", "int8-dynamic"}
+    assert [row[-1] for row in rows].count("measured") == 1
+    decibels = [float(row[3]) for row in rows]
+    assert decibels == sorted(decibels), "worst first"
+    assert all(20 < value < 70 for value in decibels)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("relu.onnx", "--data", "data.npz"), "No node has a kernel in scheme 'auto'"),
+        (("m.onnx", "--data", "data.npz", "--scheme", "int9"), "Did you mean 'int8'"),
+        (("m.onnx", "--data", "data.npz", "--scheme", "fp32"), "No node has a kernel in scheme 'fp32'"),
+        (("m.onnx", "--data", "data.npz", "--scheme", "int8-weights"), "No node has a kernel in scheme 'int8-weights'"),
+        (("no.onnx", "--data", "data.npz"), "no model file"),
+        (("m.onnx", "--data", "nan.npz"), "NaN"),
+    ],
+)
+def test_errors_of_sensitivity(work, arguments, words):
+    before = listing(work)
+    found = run("sensitivity", *arguments)
+    assert found.exit_code == 1, found.output
+    assert found.output.startswith("Error: ") and re.search(words, " ".join(found.output.split())), found.output
+    assert listing(work) == before
+
+
+# -- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,8 +395,26 @@ GOOD = ("--data", "data.npz", *QUIET)
         (("m.onnx", "out.onnx", *GOOD, "--ranges", "no.npz", "--observer", "minmax"), "bring their observer"),
         (("m.onnx", "out.onnx", *GOOD, "--report", "no/r.json"), "Cannot write to 'no/r.json'"),
         (("m.onnx", "out.onnx", *GOOD, "--save-ranges", "no/r.npz"), "Cannot write to 'no/r.npz'"),
-        (("m.onnx", "out.onnx", *GOOD, "--keep-float", "Gemm"), "nothing worth quantizing"),
-        (("relu.onnx", "out.onnx", *GOOD), "shape 1x16, but the model takes 2x16|nothing worth quantizing"),
+        (("m.onnx", "out.onnx", *GOOD, "--override", "Gemm"), "An override is PATTERN=SCHEME"),
+        (("m.onnx", "out.onnx", *GOOD, "--override", "=int8"), "An override is PATTERN=SCHEME"),
+        (("m.onnx", "out.onnx", *GOOD, "--override", "Gemm=int9"), "Did you mean 'int8'"),
+        (("m.onnx", "out.onnx", *GOOD, "--override", "Gem=int8"), "Did you mean 'Gemm'"),
+        (("m.onnx", "out.onnx", *GOOD, "--override", "/net/r=int8"), "'/net/r' cannot be 'int8'.*no integer kernel"),
+        (("m.onnx", "out.onnx", *GOOD, "--max-loss", "much"), "at least 0.*'much'"),
+        (("m.onnx", "out.onnx", *GOOD, "--max-loss", "-1"), "at least 0.*'-1'"),
+        (("m.onnx", "out.onnx", *GOOD, "--metric", "cosin"), "Did you mean 'cosine'"),
+        (("m.onnx", "out.onnx", *GOOD, "--metric", "nowhere:f"), "Cannot import metric 'nowhere:f'"),
+        (("m.onnx", "out.onnx", *GOOD, "--metric", "json:dumps"), "metric's function failed"),
+        (("m.onnx", "out.onnx", *GOOD, "--metric", "top1"), "needs right answers: an array 'labels'"),
+        (("m.onnx", "out.onnx", *GOOD, "--metric", "sqnr"), "--min-sqnr"),
+        (("m.onnx", "out.onnx", *GOOD, "--min-cosine", 2), "between 0 and 1"),
+        (("m.onnx", "out.onnx", *GOOD, "--min-sqnr", "nan"), "finite number of dB"),
+        (("m.onnx", "out.onnx", *GOOD, "--state", "no/s.json"), "Cannot write to 'no/s.json'"),
+        (("m.onnx", "out.onnx", *GOOD, "--state", "text.onnx"), "'text.onnx' holds no state of a search"),
+        (("m.onnx", "out.onnx", *GOOD, "--save-config", "no/c.toml"), "Cannot write to 'no/c.toml'"),
+        (("m.onnx", "out.onnx", *GOOD, "--config", "no.toml"), "Cannot read the configuration 'no.toml'"),
+        (("m.onnx", "out.onnx", *GOOD, "--config", "text.onnx"), "Cannot read the configuration 'text.onnx'"),
+        (("m.onnx", "out.onnx", "--bench-seconds", 0, "--scheme", "int8"), "needs calibration data"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -284,7 +498,7 @@ def test_interrupt_and_lack_of_memory(work, monkeypatch, error, words):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(compare, "compare", fail)
+    monkeypatch.setattr(compare.Reference, "compare", fail)
     found = run("optimize", "m.onnx", "out.onnx", *GOOD)
     assert found.exit_code == 1, found.output
     assert words in found.output

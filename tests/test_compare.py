@@ -4,10 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qgraph import compare
+from qgraph import compare, registry
 from qgraph.compare import Runnable, decibels
 from qgraph.data import inputs_of, load
 from qgraph.errors import DataError, ExecutionError
+from qgraph.pipeline import Context
 from qgraph.session import SessionOptions
 
 OPTIONS = SessionOptions(threads=1)
@@ -161,8 +162,11 @@ def test_layer_errors_name_the_culprit(model_kit):
         V=n(4, 4, 3, 3),
     )
     feeds = model_kit.feeds(model)
-    after = model_kit.static(model.clone(), feeds)
     data = load(feeds, inputs_of(model))
+    context = Context(model_kit.free(), model_kit.free().scheme("int8"), data)
+    # Channels are scaled before anything is quantized: values of one name are in the units of the prepared graph.
+    model = registry.pipeline("prepare")(context)(model).model
+    after = registry.pipeline("write")(context)(model.clone()).model
     found = compare.layer_errors(Runnable(model), after, None, data, OPTIONS)
     assert [layer.value for layer in found] == ["r", "b", "y"]
     assert [layer.op_type for layer in found] == ["Conv"] * 3
@@ -173,6 +177,27 @@ def test_layer_errors_name_the_culprit(model_kit):
     broken = {layer.value: layer.sqnr for layer in compare.layer_errors(Runnable(model), after, None, data, OPTIONS)}
     assert broken["r"] == found[0].sqnr
     assert broken["b"] < 15 and broken["y"] < 15
+
+
+@pytest.mark.parametrize("value, same", [(np.inf, True), (-np.inf, True), (np.nan, False)])
+def test_infinities_that_both_have_are_no_error(model_kit, value, same):
+    text = "g (float[2, 4] x) => (float[2, 4] y) { n = Add (x, m)  y = Mul (n, k) }"
+    mask = np.array([0, 0, 1, 1], np.float32)
+    mask[2:] = value
+    original = model_kit.text(text, m=mask, k=np.array(1, np.float32))
+    other = model_kit.text(text, m=mask, k=np.array(1.125, np.float32))
+    data = load(model_kit.feeds(original), inputs_of(original))
+    if not same:
+        with pytest.raises(DataError, match=r"Output 'y' of the original is NaN on 'batch 0'"):
+            compare.compare(Runnable(original), Runnable(other), data, OPTIONS)
+        return
+    found = compare.compare(Runnable(original), Runnable(other), data, OPTIONS).worst
+    assert found.sqnr == pytest.approx(20 * np.log10(8), abs=1e-3), "of the finite ones alone"
+    assert found.cosine == pytest.approx(1) and np.isfinite(found.max_error)
+    finite = model_kit.text(text, m=np.zeros(4, np.float32), k=np.array(1, np.float32))
+    # Infinite in one only: beyond measure, which is told as not a number.
+    for pair in ((original, finite), (finite, original)):
+        assert np.isnan(compare.compare(*map(Runnable, pair), data, OPTIONS).worst.sqnr)
 
 
 def test_layer_errors_of_a_model_without_quantized_values(model_kit):

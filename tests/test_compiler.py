@@ -11,13 +11,12 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
-from qgraph import audit, bench, registry
+from qgraph import audit, bench, compare, registry
 from qgraph.errors import (
     AccuracyError,
     AuditError,
     DataError,
     ModelError,
-    NothingQuantizedError,
     OptionError,
     QGraphError,
     SlowerError,
@@ -26,6 +25,8 @@ from qgraph.observers import OBSERVERS
 from qgraph.session import Session, SessionOptions
 
 QUIET = qgraph.Options(bench_seconds=0)
+# One way to quantize, and no budget that would send a noisy node back to float.
+INT8 = qgraph.Options(bench_seconds=0, scheme="int8", max_loss="100%")
 
 
 @pytest.fixture
@@ -193,7 +194,9 @@ def test_cnn(model_kit, model_free_cpu, cnn, tmp_path):
     feeds = model_kit.feeds(cnn, 12)
     ir.save(cnn, tmp_path / "in.onnx")
     result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=QUIET)
-    complete(result.report, {"Relu"})
+    complete(result.report, {"Relu", "Mul", "Sum"})
+    # A Mul is what smoothing puts before a layer, and the Sum keeps the runtime from drawing it into integers.
+    assert {n.name.split("_")[0] for n in result.report.refused if n.op_type in ("Mul", "Sum")} <= {"image", "f"}
     assert {n.kernel for n in result.report.quantized} >= {"QLinearConv", "QLinearAdd", "QGemm"}
     found = audited(tmp_path / "out.onnx", result)
     assert found.clean, found
@@ -247,7 +250,9 @@ def test_transformer_with_everything_in_integers(model_kit, model_free_cpu, tran
     ir.save(transformer, tmp_path / "in.onnx")
     result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=options)
     assert audited(tmp_path / "out.onnx", result).clean
-    assert sum(node.op_type == "MatMul" for node in result.report.quantized) == 6
+    # Those whose bias the kernel adds are written as that kernel.
+    products = [node for node in result.report.quantized if node.op_type in ("MatMul", "MatMulIntegerToFloat")]
+    assert len(products) == 6
     assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 20
 
 
@@ -322,24 +327,24 @@ def test_ranges_saved_and_given_back(model_kit, model_free_cpu, mlp, tmp_path):
     ir.save(mlp, tmp_path / "in.onnx")
     feeds, ranges = model_kit.feeds(mlp, 8), tmp_path / "ranges.npz"
     source = tmp_path / "in.onnx"
-    qgraph.optimize(source, tmp_path / "a", data=feeds, options=dataclasses.replace(QUIET, save_ranges=ranges))
-    qgraph.optimize(source, tmp_path / "b", data=feeds, options=dataclasses.replace(QUIET, ranges=ranges))
+    qgraph.optimize(source, tmp_path / "a", data=feeds, options=dataclasses.replace(INT8, save_ranges=ranges))
+    qgraph.optimize(source, tmp_path / "b", data=feeds, options=dataclasses.replace(INT8, ranges=ranges))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     # They are really used: other data changes nothing.
     others = model_kit.feeds(mlp, 8, seed=5)
-    qgraph.optimize(source, tmp_path / "c", data=others, options=dataclasses.replace(QUIET, ranges=ranges))
+    qgraph.optimize(source, tmp_path / "c", data=others, options=dataclasses.replace(INT8, ranges=ranges))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
     mlp.graph.initializers["d"].const_value = ir.tensor(np.zeros(16, np.float32))
     ir.save(mlp, tmp_path / "other.onnx")
     with pytest.raises(DataError, match="another model"):
         qgraph.optimize(
-            tmp_path / "other.onnx", tmp_path / "d", data=feeds, options=dataclasses.replace(QUIET, ranges=ranges)
+            tmp_path / "other.onnx", tmp_path / "d", data=feeds, options=dataclasses.replace(INT8, ranges=ranges)
         )
 
 
 def test_ranges_of_a_model_with_absorbed_activations(model_kit, model_free_cpu, cnn, tmp_path):
     feeds = model_kit.feeds(cnn, 6)
-    job = {"bench_seconds": 0, "data": feeds}
+    job = {"options": INT8, "data": feeds}
     first = qgraph.optimize(cnn, tmp_path / "a", save_ranges=str(tmp_path / "ranges.npz"), **job)
     assert "Relu" not in {node.op_type for node in first.report.nodes}
     qgraph.optimize(cnn, tmp_path / "b", ranges=str(tmp_path / "ranges.npz"), **job)
@@ -352,15 +357,41 @@ def test_ranges_of_a_model_with_absorbed_activations(model_kit, model_free_cpu, 
         qgraph.optimize(cnn, ranges=tmp_path / "few.npz", **job)
 
 
+@pytest.mark.parametrize("order", ["given", "reversed"])
+def test_ranges_of_a_search_hold_for_all_its_candidates(model_kit, model_free_cpu, mlp, tmp_path, order):
+    """Nodes that the fastest candidate has in no static kernel may be static in a later one: their ranges are kept."""
+    feeds = model_kit.feeds(mlp, 8)
+    job = {"bench_seconds": 0, "data": feeds if order == "given" else feeds[::-1], "min_sqnr": 45}
+    first = qgraph.optimize(mlp, tmp_path / "a", save_ranges=tmp_path / "ranges.npz", **job).report
+    second = qgraph.optimize(mlp, tmp_path / "b", ranges=tmp_path / "ranges.npz", **job).report
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert len(first.candidates) > 2
+    assert first.candidates == second.candidates
+
+
+def test_ranges_on_other_data_are_those_of_the_first(model_kit, model_free_cpu, mlp, tmp_path):
+    """Channels must not be scaled by what other data says while their ranges stay."""
+    scale = np.exp(model_kit.normal(128, seed=8))
+    feeds = [{"x": feed["x"] * scale} for feed in model_kit.feeds(mlp, 8, free=8)]
+    other = [{"x": feed["x"] * scale[::-1]} for feed in model_kit.feeds(mlp, 8, free=8, seed=4)]
+    job = {"options": INT8, "evaluation": feeds}
+    first = qgraph.optimize(mlp, tmp_path / "a", data=feeds, save_ranges=tmp_path / "ranges.npz", **job).report
+    second = qgraph.optimize(mlp, tmp_path / "b", data=other, ranges=tmp_path / "ranges.npz", **job).report
+    assert first.fidelity.worst.sqnr == second.fidelity.worst.sqnr > 20
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_any_option_as_a_keyword(model_kit, model_free_cpu, mlp):
     data = model_kit.feeds(mlp)
-    base = dataclasses.replace(QUIET, observer="minmax", keep_float=("h_Gemm",))
+    base = dataclasses.replace(INT8, observer="minmax", keep_float=("h_Gemm",))
     report = qgraph.optimize(mlp, data=data, options=base, keep_float=("y_Gemm",)).report
     assert [node.name for node in report.quantized] == ["h_Gemm", "k_Gemm"], "on top of the options"
     assert not report.speed
     with pytest.raises(OptionError, match="x86-vnni"):
         qgraph.optimize(mlp, data=data, target="x86-vni")
-    report = qgraph.optimize(mlp, data=data, keep_float=("y_Gemm",), bench_seconds=0).report
+    report = qgraph.optimize(
+        mlp, data=data, keep_float=("y_Gemm",), bench_seconds=0, scheme="int8", max_loss="100%"
+    ).report
     assert [node.name for node in report.quantized] == ["h_Gemm", "k_Gemm"]
     assert base.keep_float == ("h_Gemm",)
     for name, near in (("keepfloat", "keep_float"), ("bench_second", "bench_seconds"), ("obsever", "observer")):
@@ -375,7 +406,14 @@ def test_any_option_as_a_keyword(model_kit, model_free_cpu, mlp):
         ({"observer": "minmix"}, "minmax"),
         ({"ranges": "r.npz", "observer": "minmax"}, "either the ranges or an observer"),
         ({"memory": 0}, "memory must be positive"),
-        ({"bench_seconds": -1}, "bench_seconds not negative"),
+        ({"bench_seconds": -1}, "bench_seconds and time_limit not negative"),
+        ({"time_limit": -1}, "bench_seconds and time_limit not negative"),
+        ({"max_loss": "one"}, "at least 0.*'one'"),
+        ({"min_cosine": 1.5}, "min_cosine lies between 0 and 1"),
+        ({"min_agreement": -0.5}, "min_agreement lies between 0 and 1"),
+        ({"min_sqnr": float("nan")}, "min_sqnr is a finite number"),
+        ({"metric": "cosin"}, "Did you mean 'cosine'"),
+        ({"metric": "sqnr", "max_loss": "1"}, "--min-sqnr"),
     ],
 )
 def test_options_check_themselves(mlp, change, words):
@@ -438,27 +476,81 @@ def product(model_kit):
     )
 
 
-def test_a_result_that_is_mostly_noise_is_not_written(model_kit, model_free_cpu, product, tmp_path):
+def test_what_is_outside_the_budget_is_not_written(model_kit, model_free_cpu, product, tmp_path):
+    """The float graph always stands; what it keeps out is a budget that even rounding in float exceeds."""
     (tmp_path / "out.onnx").write_bytes(b"the old one")
-    job = {"bench_seconds": 0, "observer": "minmax", **outlier(model_kit, 3000)}
-    with pytest.raises(AccuracyError, match=r"Output 'y' has an SQNR of only -?\d\.\d dB.*--force"):
-        qgraph.optimize(product, tmp_path / "out.onnx", **job)
-    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
-    assert (tmp_path / "out.onnx").read_bytes() == b"the old one"
-    report = qgraph.optimize(product, tmp_path / "out.onnx", force=True, **job).report
-    assert report.fidelity.worst.sqnr < 6
-    assert any("SQNR of only" in note for note in report.notes)
+    job = {"bench_seconds": 0, "scheme": "int8", "observer": "minmax", **outlier(model_kit, 30000)}
+    report = qgraph.optimize(product, max_loss="1%", **job).report
+    assert not report.quantized and report.fidelity.worst.sqnr > 80
+    verdicts = {one.name: one.verdict for one in report.candidates}
+    assert verdicts.pop("fp32") == "chosen"
+    assert "fastest" in verdicts and set(verdicts.values()) == {"loses too much"}
+    assert (
+        report.budget.text == "loss of cosine at most 1% (losses on 1 samples count up to 2.00-fold)"
+        and report.budget.limit == 0.01
+    )
+    noisy = next(one for one in report.candidates if one.name == "fastest")
+    assert noisy.loss > 0.01
+    # With --force the fastest is taken, whatever it loses.
+    report = qgraph.optimize(product, tmp_path / "out.onnx", max_loss="1%", force=True, **job).report
+    assert report.fidelity.worst.sqnr < 20 and report.quantized
+    assert {one.name: one.verdict for one in report.candidates} == {"fp32": "within", "fastest": "chosen"}
     onnx.load(tmp_path / "out.onnx")
 
 
-def test_a_result_with_much_noise_is_written_with_a_note(model_kit, model_free_cpu, product):
-    found = []
-    for reach in (250, 20):
-        job = outlier(model_kit, reach)
-        report = qgraph.optimize(product, bench_seconds=0, observer="minmax", **job).report
-        found.append((report.fidelity.worst.sqnr, any("SQNR of only" in note for note in report.notes)))
-    assert 6 < found[0][0] < 12 and found[0][1]
-    assert found[1][0] > 12 and not found[1][1]
+def worse(monkeypatch, loss):
+    """Every candidate loses this much of its cosine more than it does."""
+    real = compare.Reference.compare
+
+    def compared(*args, **more):
+        found = real(*args, **more)
+        outputs = {n: dataclasses.replace(o, cosine=o.cosine - loss) for n, o in found.outputs.items()}
+        return dataclasses.replace(found, outputs=outputs)
+
+    monkeypatch.setattr(compare.Reference, "compare", compared)
+
+
+def test_nothing_within_the_budget_lists_the_trade_offs(model_kit, model_free_cpu, product, tmp_path, monkeypatch):
+    (tmp_path / "out.onnx").write_bytes(b"the old one")
+    worse(monkeypatch, 0.1)
+    feeds = model_kit.feeds(product)
+    with pytest.raises(AccuracyError) as caught:
+        qgraph.optimize(product, tmp_path / "out.onnx", data=feeds, options=QUIET)
+    words = str(caught.value)
+    assert "Nothing is within the budget (loss of cosine at most 1% (losses on 1 samples" in words
+    assert "fp32 loses 0.1 of cosine" in words and "fastest loses 0.1 of cosine" in words
+    assert "--time-limit" in words and "--force" in words
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+    assert (tmp_path / "out.onnx").read_bytes() == b"the old one"
+    report = qgraph.optimize(product, tmp_path / "out.onnx", data=feeds, options=QUIET, force=True).report
+    assert report.quantized and report.fidelity.worst.cosine < 0.91
+    onnx.load(tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize("budget, least", [({"max_loss": "1%"}, 12), ({"min_sqnr": 25}, 25), ({"min_sqnr": 60}, 60),
+                                           ({"min_cosine": 0.9999}, 30), ({"max_loss": 0.0}, 60)])  # fmt: skip
+def test_the_result_is_within_the_budget(model_kit, model_free_cpu, mlp, budget, least):
+    """On the data it was judged by, whatever the budget: the noisier the nodes, the fewer are quantized."""
+    scale = np.exp(2 * model_kit.normal(128, seed=8))
+    feeds = [{"x": feed["x"] * scale} for feed in model_kit.feeds(mlp, 12, free=8)]
+    result = qgraph.optimize(mlp, data=feeds, evaluation=feeds[:3], bench_seconds=0, **budget)
+    assert result.report.fidelity.worst.sqnr >= least
+    assert model_kit.sqnr(mlp, result.model, feeds[:3]) >= least
+    # A budget of nothing is met by rounding in float if it is by none.
+    chosen = [one for one in result.report.candidates if one.verdict == "chosen"]
+    assert len(chosen) == 1 and sum(chosen[0].nodes.values()) == len(result.report.quantized)
+
+
+def test_a_candidate_that_failed_on_the_evaluation_data_gives_way(model_kit, model_free_cpu, product):
+    """It held the budget on what was held back of the calibration data, but not on data of another kind."""
+    feeds = [{"x": np.clip(model_kit.normal(4, 128, seed=i), -2, 2)} for i in range(12)]
+    far = [{"x": 100 * model_kit.normal(4, 128, seed=20 + i)} for i in range(3)]
+    job = {"bench_seconds": 0, "scheme": "int8", "data": feeds}
+    assert qgraph.optimize(product, **job).report.quantized
+    report = qgraph.optimize(product, evaluation=far, **job).report
+    assert not report.quantized and report.fidelity.worst.sqnr > 80
+    assert any("not on the evaluation data" in note for note in report.notes)
+    assert {one.name: one.verdict for one in report.candidates}["fastest"] == "loses too much on the evaluation data"
 
 
 def test_an_output_that_is_all_zeros_is_no_noise(model_kit, model_free_cpu):
@@ -568,9 +660,52 @@ def test_keep_float_that_matches_nothing_names_the_nearest(model_kit, model_free
         qgraph.optimize(cnn, data=model_kit.feeds(cnn), options=dataclasses.replace(QUIET, keep_float=("/net/logit",)))
 
 
-def test_keep_float_of_everything_is_an_error(model_kit, model_free_cpu, mlp):
-    with pytest.raises(NothingQuantizedError, match="left in float"):
-        qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=dataclasses.replace(QUIET, keep_float=("Gemm",)))
+@pytest.mark.parametrize("scheme", ["auto", "int8", "int8-dynamic", "int8-weights"])
+def test_keep_float_of_everything_leaves_the_float_graph(model_kit, model_free_cpu, mlp, scheme):
+    options = dataclasses.replace(QUIET, keep_float=("Gemm",), scheme=scheme)
+    result = qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=options)
+    assert not result.report.quantized
+    reasons = {node.reason for node in result.report.refused if node.op_type == "Gemm"}
+    assert reasons == {"left in float by the option 'Gemm'"}
+    model_kit.same(mlp, result.model)
+
+
+def test_a_model_with_nothing_to_quantize_gets_the_rewritten_graph_and_the_reasons(model_kit, tmp_path):
+    """Erf-GELU in pieces: no node has an integer kernel, but the runtime's own Gelu is faster."""
+    model = model_kit.text(
+        """g (float[4, 64] x) => (float[4, 64] y) {
+            a = Div (x, root2)
+            b = Erf (a)
+            c = Add (b, one)
+            d = Mul (x, c)
+            y = Mul (d, half)
+        }""",
+        root2=np.array(np.sqrt(2), np.float32),
+        one=np.array(1, np.float32),
+        half=np.array(0.5, np.float32),
+    )
+    for scheme in ("auto", "int8", "fp32"):
+        result = qgraph.optimize(
+            model, tmp_path / "out.onnx", data=model_kit.feeds(model), scheme=scheme, options=QUIET
+        )
+        assert model_kit.ops(result.model) == ["Gelu"]
+        model_kit.same(model, tmp_path / "out.onnx")
+        assert [(one.name, one.verdict) for one in result.report.candidates] == [("fp32", "chosen")]
+        (node,) = result.report.nodes
+        assert node.kernel is None
+        assert node.reason == ("the scheme leaves all nodes in float" if scheme == "fp32"
+                               else "onnxruntime's CPU provider has no integer kernel for Gelu")  # fmt: skip
+
+
+def test_float_nodes_of_a_float_result_have_the_reasons_of_the_plan(model_kit, mlp):
+    """Kernels that exist, but came out worse on the whole, are not explained by a body that is not there."""
+    options = dataclasses.replace(QUIET, max_loss=0.0, min_sqnr=100, target="x86-vnni")
+    report = qgraph.optimize(mlp, data=model_kit.feeds(mlp, free=32), options=options).report
+    assert not report.quantized
+    reasons = {node.name: node.reason for node in report.refused}
+    assert not [why for why in reasons.values() if "body" in why], reasons
+    assert "no candidate with its integer kernel" in reasons["k_Gemm"]
+    assert "no integer kernel for Relu" in reasons["r_Relu"]
 
 
 # -- failures -------------------------------------------------------------------------------------------------------
@@ -641,18 +776,31 @@ def test_wrong_data(model_kit, standing, mlp, model_free_cpu, harm, words):
     untouched(standing)
 
 
-def test_overflow_inside_the_model_names_the_value(model_kit, model_free_cpu):
-    n = model_kit.normal
+@pytest.mark.parametrize("scheme", ["auto", "int8"])
+def test_overflow_inside_the_model_names_the_value(model_kit, model_free_cpu, scheme):
     model = model_kit.text(
         """g (float[2, 8] x) => (float[2, 8] y) {
             h = MatMul (x, W)
             e = Exp (h)
-            y = MatMul (e, W)
+            s = MatMul (e, V)
+            y = Sigmoid (s)
         }""",
-        W=n(8, 8, scale=100),
+        W=model_kit.normal(8, 8, scale=100),
+        V=np.abs(model_kit.normal(8, 8)),
     )
     with pytest.raises(DataError, match=r"'e' \(the output of e_Exp\).*batch"):
-        qgraph.optimize(model, data=model_kit.feeds(model), options=QUIET)
+        qgraph.optimize(model, data=model_kit.feeds(model), options=dataclasses.replace(QUIET, scheme=scheme))
+
+
+@pytest.mark.parametrize("scheme", ["auto", "int8", "int8-dynamic", "fp32"])
+def test_an_original_that_overflows_names_the_output(model_kit, model_free_cpu, scheme):
+    n = model_kit.normal
+    model = model_kit.text(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul (x, W)  e = Exp (h)  y = MatMul (e, W) }",
+        W=n(8, 8, scale=100),
+    )
+    with pytest.raises(DataError, match=r"Output 'y' of the original is NaN on 'batch \d'"):
+        qgraph.optimize(model, data=model_kit.feeds(model), options=dataclasses.replace(QUIET, scheme=scheme))
 
 
 def test_missing_folder(model_kit, mlp, tmp_path):
@@ -698,9 +846,8 @@ def test_a_slower_result_where_by_its_measured_times_nothing_pays(model_kit, sta
     times = [1.0, 2.0]
     monkeypatch.setattr(bench, "node_times", lambda *_: dict.fromkeys(("h_Gemm", "k_Gemm", "y_Gemm"), times.pop(0)))
     source = standing / "in.onnx"
-    with pytest.raises(SlowerError, match=r"0\.50x.*no node is worth quantizing") as caught:
+    with pytest.raises(SlowerError, match=r"fp32 loses 0 of cosine.*0\.50x.*fastest.* loses.*0\.50x"):
         qgraph.optimize(source, standing / "out.onnx", data=model_kit.feeds(ir.load(source)))
-    assert isinstance(caught.value.__cause__, NothingQuantizedError)
     untouched(standing)
 
 
@@ -730,14 +877,15 @@ def test_nodes_that_do_not_fuse_go_back_to_float(model_kit, mlp, model_free_cpu,
     def first_complains(path, plan, target):
         found = real(path, plan, target)
         calls.append(set(plan.operators))
-        if len(calls) == 1:
+        if plan.operators and not any(calls[:-1]):
             name = sorted(plan.operators)[0]
             return audit.Audit(found.kernels, {name: "made up"}, {})
         return found
 
     monkeypatch.setattr(audit, "audit", first_complains)
-    report = qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=QUIET).report
-    assert len(calls) == 2 and len(calls[1]) == len(calls[0]) - 1
+    report = qgraph.optimize(mlp, data=model_kit.feeds(mlp), options=INT8).report
+    # First the float graph, of which nothing is planned.
+    assert [len(call) for call in calls][:3] == [0, 3, 2] and all(len(call) < 3 for call in calls[2:])
     assert any("made up" in node.reason for node in report.refused)
 
 
@@ -794,7 +942,7 @@ def test_a_float_layer_at_the_end_does_not_pull_the_chain_after_it(model_kit, mo
         b=n(32),
     )
     model.graph[-1].name = "head"
-    options = dataclasses.replace(QUIET, keep_float=("head",))
+    options = dataclasses.replace(INT8, keep_float=("head",))
     result = qgraph.optimize(model, data=model_kit.feeds(model), options=options)
     assert len(result.report.quantized) == 3
 
@@ -824,8 +972,10 @@ def test_square_column_added_to_a_product_is_no_bias(model_kit, model_free_cpu):
     feeds = [{"x": feed["x"] + 5} for feed in model_kit.feeds(model)]
     result = qgraph.optimize(model, data=feeds, options=QUIET)
     assert model_kit.sqnr(model, result.model, feeds) > 25
-    column = next(v for v in result.model.graph.initializers.values() if v.const_value.shape == (16, 1))
-    np.testing.assert_array_equal(column.const_value.numpy(), n(16, 1))
+    # Smoothing may have scaled the columns of the sum; a vector made of it would be a bias.
+    assert not [
+        v for v in result.model.graph.initializers.values() if np.array_equal(v.const_value.numpy(), n(16, 1)[:, 0])
+    ]
 
 
 def test_an_ir_whose_nodes_are_unsorted_says_what_to_do(model_kit, model_free_cpu):

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qgraph import modelio
 from qgraph.errors import ExternalDataError, ModelError
-from qgraph.modelio import Workspace, fingerprint, has_external, read, size_on_disk, stage
+from qgraph.fingerprint import fingerprint
+from qgraph.modelio import Workspace, has_external, read, size_on_disk, stage
 from qgraph.session import Session, max_ir_version
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
-from qgraph.errors import ExternalDataError, ModelError, NothingQuantizedError, QGraphError
+from qgraph.errors import ExternalDataError, ModelError, QGraphError
 
 pytestmark = pytest.mark.usefixtures("model_free_cpu")
 
@@ -22,6 +22,7 @@ def compiled(model_kit, tmp_path):
     """Writes the model, optimizes the file, and checks all that holds for any model."""
 
     def compile_model(model, feeds=None, least=25.0, **options):
+        options = {"scheme": "int8", "max_loss": "100%", **options}
         source, target = tmp_path / "in.onnx", tmp_path / "out.onnx"
         ir.save(model, source)
         feeds = model_kit.feeds(model) if feeds is None else feeds
@@ -374,9 +375,15 @@ def test_float16_is_refused_with_reasons(model_kit, tmp_path):
     weight = model_kit.normal(16, 16).astype(np.float16)
     model = model_kit.text("g (float16[4, 16] x) => (float16[4, 16] y) { y = MatMul (x, W) }", W=weight)
     ir.save(model, tmp_path / "in.onnx")
-    with pytest.raises(NothingQuantizedError, match="float16"):
-        qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=model_kit.feeds(model))
-    assert not (tmp_path / "out.onnx").exists()
+    feeds = model_kit.feeds(model)
+    for scheme in ("int8", "int8-dynamic", "int8-weights", "auto"):
+        found = qgraph.optimize(
+            tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, scheme=scheme, bench_seconds=0
+        ).report
+        assert not found.quantized
+        assert [node.reason for node in found.refused] == ["computes in float16, not float32"], scheme
+        assert [(one.name, one.verdict) for one in found.candidates] == [("fp32", "chosen")]
+        model_kit.same(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds)
 
 
 def test_float16_part_of_a_float_model(model_kit, compiled):
@@ -793,6 +800,40 @@ def test_an_already_quantized_model_is_left_as_it_is_or_extended(model_kit, comp
         V=n(8, 8),
     )
     compiled(model)
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int8-dynamic", "int8-weights", "auto"])
+def test_what_its_author_quantized_stays_in_every_scheme(model_kit, tmp_path, scheme):
+    """Also where a value that the author quantizes is quantized by us once more: names must not be given twice."""
+    n = model_kit.normal
+    model = model_kit.text(
+        """g (float[2, 8] x) => (float[2, 8] y, float[2, 8] k) {
+            q = QuantizeLinear (x, s, z)
+            d = DequantizeLinear (q, s, z)
+            wd = DequantizeLinear (w, ws, wz)
+            h = MatMul (d, wd)
+            a = Add (d, d)
+            aq = QuantizeLinear (a, s, z)
+            k = DequantizeLinear (aq, s, z)
+            r = Tanh (h)
+            y = MatMul (r, V)
+        }""",
+        s=np.array(0.03, np.float32),
+        z=np.array(128, np.uint8),
+        w=np.random.default_rng(0).integers(-127, 127, (8, 8)).astype(np.int8),
+        ws=np.array(0.01, np.float32),
+        wz=np.array(0, np.int8),
+        V=n(8, 8),
+    )
+    ir.save(model, tmp_path / "in.onnx")
+    feeds = model_kit.feeds(model)
+    result = qgraph.optimize(
+        tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, scheme=scheme, max_loss="100%", bench_seconds=0
+    )
+    assert not [
+        one for one in result.report.candidates if "cannot load" in one.verdict or "does not run" in one.verdict
+    ]
+    assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 20
 
 
 def test_external_data(model_kit, tmp_path):

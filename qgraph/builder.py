@@ -139,6 +139,16 @@ class Builder:
         self.unfollowed = rules.unfollowed
         return found
 
+    def layers(self) -> dict[tuple[str, str], float]:
+        """Prices at which every layer with weights gets calibrated ranges, whatever that is said to cost."""
+        rules = self.rules()
+        return {
+            (node.name or "", scheme): -1.0
+            for node in self.prepared.graph
+            for scheme, kernel in rules.kernels(node)[0].items()
+            if kernel.form is Form.QDQ and kernel.weight is not None
+        }
+
     def rules(self) -> Rules:
         """What decides about kernels, but for prices."""
         context = self.context

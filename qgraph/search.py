@@ -9,7 +9,6 @@ always measured.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from qgraph.errors import AuditError, DataError, ExecutionError, NothingQuantize
 from qgraph.judge import Judge
 from qgraph.noises import Noises
 from qgraph.sensitivity import Estimate, total
-from qgraph.spec import Mixture, Scheme
+from qgraph.spec import Mixture
 from qgraph.trials import Trial, Trials
 
 __all__ = ["Search"]
@@ -35,6 +34,7 @@ _WORTH = 0.8
 _HOPELESS = 2.5
 """Times the allowed loss that learned roundings will not make up for: they gain 1 to 2 dB where they gain."""
 FLOAT = "fp32"
+FLOAT_SCHEME = Mixture(FLOAT, (), "float")
 
 
 class Search:
@@ -94,7 +94,7 @@ class Search:
         if key not in self.built:
             assignment = self.trials.trials[key].assignment
             if not assignment:
-                self.built[key] = self.builder.build(scheme=_float_scheme())
+                self.built[key] = self.builder.build(scheme=FLOAT_SCHEME)
             else:
                 prices = {(n, s): -1.0 if assignment.get(n) == s else math.inf for n, s in self._saved}
                 self.built[key] = self.builder.build(prices, learn=self.trials.trials[key].learned)
@@ -134,6 +134,11 @@ class Search:
             trial = self._try(0.0, "fastest" if variant == self.builder.variants[0] else f"fastest, {variant}")
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant == "explicit" else 1.0
+            if trial is None and self.builder.calibrated:
+                # By the estimates nothing pays. They are rough where all is small, so the clock is asked.
+                trial = self._try(0.0, f"all layers, {variant}", self.builder.layers())
+                if trial is not None:
+                    trial.saved = max(trial.saved, 0.0)
             if trial is not None and (best is None or trial.strain < worth * best.strain):
                 best = trial
         if best is not None:
@@ -152,7 +157,7 @@ class Search:
         key = digest({})
         if key not in self.trials.trials:
             self.progress("trying fp32", 0, 0)
-            self.built[key] = self.builder.build(scheme=_float_scheme())
+            self.built[key] = self.builder.build(scheme=FLOAT_SCHEME)
             self._judge(key, FLOAT, {}, self.built[key])
         return self.trials.trials[key]
 
@@ -174,9 +179,9 @@ class Search:
     def _prices(self, price: float) -> dict[tuple[str, str], float]:
         return {key: price * noise for key, noise in self.noises.values().items()} if price else {}
 
-    def _try(self, price: float, name: str) -> Trial | None:
+    def _try(self, price: float, name: str, forced: dict[tuple[str, str], float] | None = None) -> Trial | None:
         """Build and judge the best assignment at a price, unless it was tried; None when it quantizes nothing."""
-        prices = self._prices(price)
+        prices = self._prices(price) if forced is None else forced
         try:
             assignment = self.builder.assignment(prices)
         except NothingQuantizedError:
@@ -191,7 +196,7 @@ class Search:
         except NothingQuantizedError:
             return None
         except (AuditError, ExecutionError, QuantizationError) as error:
-            trial = Trial(self._name(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
+            trial = Trial(self.trials.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
             self.trials.add(key, trial)
             return trial
         # The audit may have taken nodes out.
@@ -211,24 +216,18 @@ class Search:
                 # Where even the float graph cannot be judged, nothing can.
                 raise
             built.staged.discard()
-            failed = Trial(self._name(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
+            failed = Trial(self.trials.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
             self.trials.add(key, failed)
             return
         loss = next(iter(verdict.losses.values()), 0.0)
         sqnr = verdict.fidelity.worst.sqnr
-        trial = Trial(self._name(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment))
+        trial = Trial(self.trials.unique(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment))
         trial.disk, trial.variant, trial.learned = built.staged.nbytes, self.builder.variant, learned
         if self._glance is not None:
             trial.speed = self._glance(built.runnable)
         self.built[key] = built
         self.trials.add(key, trial)
         self._let_go()
-
-    def _name(self, wanted: str) -> str:
-        """A label that no trial has: the search may come by a second time."""
-        taken = {trial.name for trial in self.trials.trials.values()}
-        others = (f"{wanted} ({number})" for number in itertools.count(2))
-        return next(name for name in itertools.chain([wanted], others) if name not in taken)
 
     def _let_go(self) -> None:
         """Keep the files of the most promising trials only."""
@@ -293,7 +292,3 @@ class Search:
                 inner_high = middle
         # Kept away from the ends, which are known.
         return min(max(inner_high, low * 1.02), high / 1.02)
-
-
-def _float_scheme() -> Scheme | Mixture:
-    return Mixture(FLOAT, (), "float")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -135,6 +136,12 @@ class Trials:
         """Remember, and save."""
         self.trials[digest] = trial
         self.save()
+
+    def unique(self, wanted: str) -> str:
+        """A label that no trial has: a search may come by a second time."""
+        taken = {trial.name for trial in self.trials.values()}
+        others = (f"{wanted} ({number})" for number in itertools.count(2))
+        return next(name for name in itertools.chain([wanted], others) if name not in taken)
 
     def nothing(self, what: str, budget: Budget | None) -> str:
         """Why nothing is written, with the best trade-offs found."""

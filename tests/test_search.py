@@ -478,3 +478,26 @@ def test_an_execution_error_of_one_candidate_does_not_end_the_search():
     search = Search(Broken(saved), Judge(noise, 1.0), lambda: believed, Trials(None, ""), FOREVER, lambda *_: None)
     search.run()
     assert [search.trials.trials[key].name for key in search.within()] == ["fp32"]
+
+
+def test_where_nothing_pays_by_estimate_the_clock_is_asked():
+    """All layers are forced once; what they save is nothing by estimate, so that they come behind the float graph."""
+    saved, noise = nodes_of([(-1.0, 1e-4), (-2.0, 1e-4)])
+
+    class Calibrated(Builder):
+        def __init__(self, saved):
+            super().__init__(saved)
+            self.calibrated = True
+
+        def layers(self):
+            return dict.fromkeys(self.saved, -10.0)
+
+        def learning_seconds(self):
+            return 0.0
+
+    builder = Calibrated(saved)
+    search = Search(builder, Judge(noise, 1.0), list, Trials(None, ""), FOREVER, lambda *_: None)
+    search.run()
+    found = [search.trials.trials[key] for key in search.within()]
+    assert [len(trial.assignment) for trial in found] == [0, 2]
+    assert found[1].saved == 0.0 and found[1].name.startswith("all layers")

@@ -9,8 +9,8 @@ what makes x costs nothing: the range of each channel of x and the weights of it
 from __future__ import annotations
 
 import onnx_ir as ir
-from qgraph.passes.survey import CHANNELS, SAMPLE
 
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.rebalance import Change, Rebalance
 from qgraph.spec import Scheme
 from qgraph.targets import Target

@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.annotate import GROUP
-from qgraph.passes.survey import CHANNELS, SAMPLE
 
 from qgraph import graph
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.qparams import QParams, fake_quantize, from_range
 from qgraph.spec import PerAxis, QuantSpec
 from qgraph.targets import KERNEL, QPARAMS, SPEC, Kernel, Output, annotated

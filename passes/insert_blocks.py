@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qgraph import graph, weights
+from qgraph.qparams import QParams, of_blocks, quantize
 from qgraph.spec import PerBlock
 from qgraph.targets import KERNEL, Form, Kernel
 
@@ -60,11 +61,16 @@ def _write(
     shape = graph.run_shape(weight) or (0, 0)
     inner, columns = shape[axis], shape[1 - axis]
     if (weight, axis, size) not in made:
-        scales = _scales(weight, axis, size)
+        array = graph.constant(weight)
+        assert array is not None
+        params = of_blocks(array, spec)
+        del array
+        graph.release(weight)
+        scales = np.ascontiguousarray(params.scale.T if axis == 0 else params.scale)
         codes = weights.derived(
             main,
             weight,
-            lambda array: _codes(array, scales, axis, size),
+            lambda array: _codes(array, params, axis, size),
             ir.DataType.UINT8,
             (columns, scales.shape[1], size),
             graph.fresh_name(f"{weight.name}_blocks", names),
@@ -75,7 +81,7 @@ def _write(
     inputs: list[ir.Value | None] = [node.inputs[0], codes, scale_value]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        inputs += [None, None, _row(main, bias, names)]
+        inputs += [None, None, weights.flat(main, bias, names)]
     attributes = {"K": inner, "N": columns, "bits": bits, "block_size": size, "accuracy_level": _LEVEL}
     new = ir.Node(
         "com.microsoft", "MatMulNBits", inputs, attributes=[ir.AttrInt64(k, v) for k, v in attributes.items()]
@@ -84,32 +90,9 @@ def _write(
     new.meta[KERNEL] = kernel
 
 
-def _blocked(array: NDArray[Any], axis: int, size: int) -> NDArray[np.float32]:
-    """[N, blocks, size], the last block filled up with zeros."""
-    rows = np.asarray(array, np.float32)
-    rows = rows.T if axis == 0 else rows
-    rows = np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)))
-    return np.ascontiguousarray(rows).reshape(rows.shape[0], -1, size)
-
-
-def _scales(weight: ir.Value, axis: int, size: int) -> NDArray[np.float32]:
-    """Symmetric scales [N, blocks]: the largest magnitude of each block is code 127."""
-    array = graph.constant(weight)
-    assert array is not None
-    scales = np.abs(_blocked(array, axis, size)).max(axis=2) / 127
-    del array
-    graph.release(weight)
-    return np.where(scales > 0, scales, 1.0).astype(np.float32)
-
-
-def _codes(array: NDArray[Any], scales: NDArray[np.float32], axis: int, size: int) -> NDArray[np.uint8]:
-    """Unsigned codes; 128 is the zero point that the operator takes when it is given none."""
-    codes = np.rint(_blocked(array, axis, size) / scales[..., None]).clip(-127, 127) + 128
-    return np.asarray(codes, np.uint8)
-
-
-def _row(main: ir.Graph, bias: ir.Value, names: set[str]) -> ir.Value:
-    if len(graph.run_shape(bias) or ()) == 1:
-        return bias
-    array = np.asarray(graph.constant(bias)).reshape(-1)
-    return graph.add_initializer(main, ir.Tensor(array), graph.fresh_name(f"{bias.name}_row", names))
+def _codes(array: NDArray[Any], params: QParams, axis: int, size: int) -> NDArray[np.uint8]:
+    """[N, blocks, size], the last block filled up; 128 is the zero point that the operator takes when given none."""
+    codes = quantize(array, params).astype(np.int16) + 128
+    rows = codes.T if axis == 0 else codes
+    wide = np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)), constant_values=128)
+    return np.ascontiguousarray(wide.reshape(len(wide), -1, size).astype(np.uint8))

@@ -50,7 +50,6 @@ class _Writer:
         self.names = graph.value_names(main)
         self.quantized: dict[ir.Value, ir.Node] = {}
         self.codes: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
-        self.flat: dict[ir.Value, ir.Value] = {}
 
     def _node(self, op_type: str, inputs: list[ir.Value], base: str, before: ir.Node, **attributes: int) -> ir.Node:
         count = 3 if op_type == "DynamicQuantizeLinear" else 1
@@ -116,7 +115,7 @@ class _Writer:
         else:
             scaled = self._node("Mul", [real, both], base, node).outputs[0]
             scaled.type, scaled.shape = ir.TensorType(ir.DataType.FLOAT), node.outputs[0].shape
-            last = ir.Node("", "Add", [scaled, self._flat(bias)])
+            last = ir.Node("", "Add", [scaled, weights.flat(self.main, bias, self.names)])
         last.name = graph.fresh_name(f"{base}_scaled", self.names)
         # The fused kernel takes the name of the integer product.
         integer.name, integer.meta[KERNEL] = base, node.meta[KERNEL]
@@ -138,13 +137,4 @@ class _Writer:
         # A bias of more dimensions than the product would give it these, too.
         fits = rank is not None and shape is not None and len(shape) <= len(rank)
         if bias is not None and graph.has_constant(bias) and shape and fits and int(np.prod(shape)) == shape[-1]:
-            users[0].replace_input_with(position, self._flat(bias))
-
-    def _flat(self, bias: ir.Value) -> ir.Value:
-        if len(graph.run_shape(bias) or ()) == 1:
-            return bias
-        if bias not in self.flat:
-            array = np.asarray(graph.constant(bias)).reshape(-1)
-            name = graph.fresh_name(f"{bias.name}_flat", self.names)
-            self.flat[bias] = graph.add_initializer(self.main, ir.Tensor(array), name)
-        return self.flat[bias]
+            users[0].replace_input_with(position, weights.flat(self.main, bias, self.names))

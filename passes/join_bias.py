@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qgraph import graph
+from qgraph import graph, weights
 from qgraph.targets import KERNEL, Target
 
 __all__ = ["JoinBias"]
@@ -35,16 +35,15 @@ class JoinBias(ir.passes.InPlacePass):
         changed = False
         if _FUSED in self.target.fast_operators:
             names = graph.value_names(main)
-            flat: dict[ir.Value, ir.Value] = {}
             for node in [n for n in main if graph.is_standard(n, "MatMul") and KERNEL in n.meta]:
-                changed |= _join(main, node, flat, names)
+                changed |= _join(main, node, names)
         if changed:
             main.opset_imports.setdefault("com.microsoft", 1)
             common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, changed)
 
 
-def _join(main: ir.Graph, node: ir.Node, flat: dict[ir.Value, ir.Value], names: set[str]) -> bool:
+def _join(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
     left, right = (graph.producer(value, "DequantizeLinear") for value in node.inputs)
     users = node.outputs[0].consumers()
     if left is None or right is None or len(users) != 1 or node.outputs[0].is_graph_output():
@@ -64,14 +63,11 @@ def _join(main: ir.Graph, node: ir.Node, flat: dict[ir.Value, ir.Value], names: 
     rank = left.inputs[0].shape if left.inputs[0] is not None else None
     if rank is None or len(shape) > len(rank):
         return False
-    if len(shape) > 1 and bias not in flat:
-        array = np.array(graph.constant(bias)).reshape(-1)
-        flat[bias] = graph.add_initializer(main, ir.Tensor(array), graph.fresh_name(f"{bias.name}_flat", names))
     source, step, middle = (left.inputs[i] for i in range(3))
     fused = ir.Node(
         "com.microsoft",
         _FUSED,
-        [source, codes, step, scale, middle, None, flat.get(bias, bias)],
+        [source, codes, step, scale, middle, None, weights.flat(main, bias, names)],
         name=node.name,
         metadata_props=dict(node.metadata_props),
     )

@@ -14,10 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from qgraph.passes.calibrate_weights import INPUT, WEIGHT
-from qgraph.passes.survey import CHANNELS
 
 from qgraph import calibration, graph
-from qgraph.calibration import STATISTICS
+from qgraph.calibration import CHANNELS, STATISTICS
 from qgraph.data import Dataset
 from qgraph.observers.sample import Patches
 from qgraph.observers.second_moment import Grid, SecondMoment, patches_of

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import onnx_ir as ir
-from qgraph.passes.survey import CHANNELS, SAMPLE
 
 from qgraph import graph
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.rebalance import Change, Rebalance
 from qgraph.spec import Scheme
 from qgraph.targets import Target

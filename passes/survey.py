@@ -14,18 +14,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import calibration, graph
-from qgraph.calibration import STATISTICS
+from qgraph.calibration import CHANNELS, SAMPLE, STATISTICS
 from qgraph.data import Dataset
 from qgraph.observers.channel_range import ChannelRange
 from qgraph.observers.sample import Sample
 from qgraph.observers.second_moment import patches_of
 
-__all__ = ["CHANNELS", "SAMPLE", "Survey"]
-
-SAMPLE = "qgraph.sample"
-"""Key in `Node.meta` of a layer: some of its input, [n, channels] of a product, [n, channels, kernel...] of a Conv."""
-CHANNELS = "qgraph.channels"
-"""Key in `Node.meta` of a layer: (low, high) of each input channel over all the data, float32 [channels] each."""
+__all__ = ["Survey"]
 
 
 class Survey(ir.passes.InPlacePass):
@@ -97,8 +92,3 @@ def _hand_over(node: ir.Node, sample: NDArray[np.float32] | None, channels: Chan
         node.meta[SAMPLE] = sample
     if channels.low is not None and channels.high is not None:
         node.meta[CHANNELS] = (channels.low, channels.high)
-
-
-def absolute(channels: tuple[NDArray[np.float32], NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Largest magnitude of each channel, [channels]."""
-    return np.maximum(np.abs(channels[0]), np.abs(channels[1]))

@@ -14,6 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph import audit, graph, modelio, outcome, registry
+from qgraph.calibration import SAMPLE
 from qgraph.compare import Runnable
 from qgraph.errors import AuditError, NothingQuantizedError
 from qgraph.pipeline import Context
@@ -22,12 +23,11 @@ from qgraph.rules import FLOAT, Prices, Rules
 from qgraph.spec import Mixture, Scheme
 from qgraph.targets import KERNEL, REASON, Form, Kernel
 
-__all__ = ["VARIANTS", "Builder", "Built", "digest", "staged_name"]
+__all__ = ["VARIANTS", "Builder", "Built", "digest"]
 
 VARIANTS = ("folded", "none", "explicit")
 """Ways to move range between channels, in the order in which they are tried: the first two cost nothing at run time."""
 _ROUNDS = 4
-_SAMPLE = "qgraph.sample"
 _LEARNED_PER_SECOND = 1e9
 """Inputs squared times outputs, the solver's work, done on one core; data passes included."""
 
@@ -64,11 +64,6 @@ class Built:
 def digest(assignment: Mapping[str, str]) -> str:
     """An identity of an assignment that fits a line."""
     return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
-
-
-def staged_name(output: Path | None) -> Path:
-    """Where a result will stand; any name will do when it stays in memory."""
-    return output or Path("model.onnx")
 
 
 class Builder:
@@ -216,7 +211,7 @@ class Builder:
             if not wanted.parts:
                 self._explain(model)
             assignment = _assignment(model)
-            staged = modelio.stage(model, staged_name(self.output), self.workspace, self.external, self.avoid)
+            staged = modelio.stage(model, self.output or Path("model.onnx"), self.workspace, self.external, self.avoid)
             self.progress("auditing", 0, 0)
             plan = audit.plan_of(model)
             try:
@@ -263,7 +258,7 @@ class Builder:
             return 0.0
         work = 0.0
         for node in self.prepared.graph:
-            shape = list(graph.run_shape(node.inputs[1]) or ()) if _SAMPLE in node.meta else []
+            shape = list(graph.run_shape(node.inputs[1]) or ()) if SAMPLE in node.meta else []
             if shape:
                 rows = len(shape) > 2 or bool(node.attributes.get_int("transB", 0))
                 outputs = shape[0] if rows else shape[-1]

@@ -25,13 +25,28 @@ from qgraph.observers import Observer
 from qgraph.observers.channel_mean import ChannelMean
 from qgraph.session import Session, SessionOptions
 
-__all__ = ["DEFAULT_BUDGET", "MEANS", "OBSERVER", "STATISTICS", "Store", "observe", "restore", "save"]
+__all__ = [
+    "CHANNELS",
+    "DEFAULT_BUDGET",
+    "MEANS",
+    "OBSERVER",
+    "SAMPLE",
+    "STATISTICS",
+    "Store",
+    "observe",
+    "restore",
+    "save",
+]
 
 DEFAULT_BUDGET = 256 << 20
 OBSERVER = "qgraph.observer"
 """Key in `Value.meta`: the observer of the value."""
 MEANS = "qgraph.means"
 """Key in `Value.meta`: channel means of the value, a dict of ChannelMean by axis."""
+SAMPLE = "qgraph.sample"
+"""Key in `Node.meta` of a layer: some of its input, [n, channels] of a product, [n, channels, kernel...] of a Conv."""
+CHANNELS = "qgraph.channels"
+"""Key in `Node.meta` of a layer: (low, high) of each input channel over all the data, float32 [channels] each."""
 STATISTICS = "qgraph.statistics"
 """Key in `Value.meta`: anything else with an `update(array)`, a dict; it is not saved."""
 Store: TypeAlias = "dict[tuple[str, str], Observer | ChannelMean]"

@@ -15,7 +15,16 @@ from qgraph.errors import QuantizationError
 from qgraph.formats import INT32, Format
 from qgraph.spec import PerBlock, PerTensor, QuantSpec
 
-__all__ = ["QParams", "bias_scale", "dequantize", "fake_quantize", "from_range", "limit_accumulator", "quantize"]
+__all__ = [
+    "QParams",
+    "bias_scale",
+    "dequantize",
+    "fake_quantize",
+    "from_range",
+    "limit_accumulator",
+    "of_blocks",
+    "quantize",
+]
 
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _INT32_MAX = 2.0**31 - 1
@@ -84,6 +93,21 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
     axis = None if isinstance(spec.granularity, PerTensor) else spec.granularity.axis
     block = spec.granularity.size if isinstance(spec.granularity, PerBlock) else None
     return QParams(scale.astype(np.float32), zero, fmt, axis, block)
+
+
+def of_blocks(array: NDArray[np.floating], spec: QuantSpec) -> QParams:
+    """Parameters of each block's own range, the last block of an axis being what is left.
+
+    Args:
+        array: the tensor.
+        spec: its granularity is `PerBlock`.
+    """
+    assert isinstance(spec.granularity, PerBlock)
+    axis, size = spec.granularity.axis, spec.granularity.size
+    starts = np.arange(0, array.shape[axis], size)
+    return from_range(
+        np.minimum.reduceat(array, starts, axis=axis), np.maximum.reduceat(array, starts, axis=axis), spec
+    )
 
 
 def _spread(values: NDArray[np.generic], qparams: QParams, shape: tuple[int, ...]) -> NDArray[np.generic]:

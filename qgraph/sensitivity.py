@@ -16,15 +16,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph
-from qgraph.qparams import fake_quantize, from_range
+from qgraph.calibration import CHANNELS, SAMPLE
+from qgraph.formats import UINT8
+from qgraph.qparams import fake_quantize, from_range, of_blocks
 from qgraph.rules import Rules
-from qgraph.spec import PerAxis, PerBlock
+from qgraph.spec import PerAxis, PerBlock, QuantSpec
 from qgraph.targets import Form, Kernel
 
 __all__ = ["Estimate", "estimates", "noise_of", "total"]
 
-_SAMPLE = "qgraph.sample"
-_CHANNELS = "qgraph.channels"
 _ROWS = 64
 _UNKNOWN = 3e-5
 """Noise of an eight-bit node of which there is no sample: that of a uniform value cut into 200 steps."""
@@ -69,12 +69,12 @@ def noise_of(node: ir.Node, kernel: Kernel) -> float:
     """
     if kernel.shares:
         return 0.0
-    channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(_CHANNELS)
+    channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(CHANNELS)
     if kernel.form is Form.QDQ and channels is not None and not np.isfinite(channels).all():
         return 1.0
     if graph.is_standard(node, "Gather") and kernel.weight is not None:
-        return _table_noise(node.inputs[kernel.weight[0]])
-    sample: NDArray[np.float32] | None = node.meta.get(_SAMPLE)
+        return _table_noise(node.inputs[kernel.weight[0]], kernel.weight[1])
+    sample: NDArray[np.float32] | None = node.meta.get(SAMPLE)
     if sample is None:
         sample = _drawn(node)
     if sample is None or kernel.weight is None:
@@ -84,16 +84,16 @@ def noise_of(node: ir.Node, kernel: Kernel) -> float:
     return noise / signal if signal > 0 else 0.0
 
 
-def _table_noise(table: ir.Value | None) -> float:
-    """Of rows in eight bits with a scale each, on rows spread over the table."""
+def _table_noise(table: ir.Value | None, spec: QuantSpec) -> float:
+    """Of rows with a scale each, on rows spread over the table."""
     array = graph.constant(table)
     assert array is not None
     rows = np.array(array[:: max(1, len(array) // _ROWS)], np.float64)
     del array
     graph.release(table)
-    step = np.maximum(np.abs(rows).max(axis=1, keepdims=True) / 127, 1e-30)
+    params = from_range(rows.min(axis=1), rows.max(axis=1), QuantSpec(spec.format, PerAxis(0), symmetric=True))
     power = float(np.square(rows).sum())
-    return float(np.square(rows - np.rint(rows / step) * step).sum()) / power if power > 0 else 0.0
+    return float(np.square(rows - fake_quantize(rows, params)).sum()) / power if power > 0 else 0.0
 
 
 def _drawn(node: ir.Node) -> NDArray[np.float32] | None:
@@ -113,10 +113,10 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
     assert weight is not None
     rows = sample.reshape(len(sample), -1)
     if kernel.form is Form.WEIGHTS and isinstance(spec.granularity, PerBlock):
-        size = spec.granularity.size
-        noisy = _in_blocks(rows, size)
-        matrix = _matrix(node, weight)
-        rounded = _in_blocks(matrix.T, size).T
+        # The operator rounds rows in blocks just as the weights are.
+        along = dataclasses.replace(spec, granularity=PerBlock(1, spec.granularity.size))
+        noisy = fake_quantize(rows, of_blocks(rows, along))
+        matrix, rounded = _matrix(node, weight), _matrix(node, fake_quantize(weight, of_blocks(weight, spec)))
     else:
         noisy = _activation(node, kernel, rows)
         axis = spec.granularity.axis % weight.ndim if isinstance(spec.granularity, PerAxis) else None
@@ -130,22 +130,12 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
 def _activation(node: ir.Node, kernel: Kernel, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """The sample as per-tensor codes of the whole range have it."""
     spec = next(iter(kernel.activations.values()), None)
-    channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(_CHANNELS)
+    channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(CHANNELS)
     if spec is None or channels is None:
         low, high = float(rows.min(initial=0.0)), float(rows.max(initial=0.0))
     else:
         low, high = float(channels[0].min(initial=0.0)), float(channels[1].max(initial=0.0))
-    step = max(high - low, 1e-30) / 255
-    zero = np.rint(-low / step)
-    return np.asarray((np.clip(np.rint(rows / step) + zero, 0, 255) - zero) * step, np.float32)
-
-
-def _in_blocks(rows: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Each run of `size` along the last axis rounded to 8 symmetric bits of its own range."""
-    wide = np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)))
-    blocks = wide.reshape(len(rows), -1, size)
-    step = np.maximum(np.abs(blocks).max(axis=2, keepdims=True) / 127, 1e-30)
-    return np.asarray((np.rint(blocks / step) * step).reshape(wide.shape)[:, : rows.shape[1]], np.float32)
+    return fake_quantize(rows, from_range(low, high, QuantSpec(UINT8) if spec is None else spec))
 
 
 def _matrix(node: ir.Node, weight: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.errors import QuantizationError
 
-__all__ = ["derived"]
+__all__ = ["derived", "flat"]
+
+_FLAT = "qgraph.flat"
 
 
 def derived(
@@ -46,3 +49,22 @@ def derived(
         return ir.Tensor(made, dtype=dtype, name=name)
 
     return graph.add_initializer(main, ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name), name)
+
+
+def flat(main: ir.Graph, row: ir.Value, names: set[str]) -> ir.Value:
+    """The constant `row` in one dimension: itself, or a new constant of `main`, one for all that ask.
+
+    Args:
+        main: where it is registered.
+        row: a constant.
+        names: taken names, to which the new one is added.
+    """
+    if len(graph.run_shape(row) or ()) == 1:
+        return row
+    known: ir.Value | None = row.meta.get(_FLAT)
+    # What a copy of the graph has inherited is the other graph's.
+    if known is None or main.initializers.get(str(known.name)) is not known:
+        array = np.array(graph.constant(row)).reshape(-1)
+        known = graph.add_initializer(main, ir.Tensor(array), graph.fresh_name(f"{row.name}_flat", names))
+        row.meta[_FLAT] = known
+    return known

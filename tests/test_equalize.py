@@ -5,9 +5,10 @@ import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 from qgraph.passes.equalize import Equalize
-from qgraph.passes.survey import CHANNELS, SAMPLE, Survey
+from qgraph.passes.survey import Survey
 
 from qgraph import graph
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
 from qgraph.formats import INT8, UINT8
 from qgraph.qparams import fake_quantize, from_range

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from qgraph.passes import pipelines
 from qgraph.passes.fit_ranges import FitRanges
-from qgraph.passes.survey import CHANNELS, SAMPLE, Survey
+from qgraph.passes.survey import Survey
 
 from qgraph import passes
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
 from qgraph.pipeline import Context
 from qgraph.qparams import fake_quantize

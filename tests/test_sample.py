@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from qgraph.passes import Canonicalize, Survey
-from qgraph.passes.survey import CHANNELS, SAMPLE
 
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
 from qgraph.observers.channel_range import ChannelRange
 from qgraph.observers.sample import Patches, Sample

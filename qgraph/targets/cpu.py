@@ -31,7 +31,9 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
     static = Scheme("int8", QuantSpec(activation), per_channel, BIAS)
     # DynamicQuantizeLinear knows u8 only.
     dynamic = Scheme("int8-dynamic", QuantSpec(UINT8), per_channel, dynamic=True)
-    blocks = Scheme("int8-weights", None, QuantSpec(INT8, PerBlock(0, _BLOCK), symmetric=True, observer="minmax"))
+    blocks = Scheme(
+        "int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, _BLOCK), symmetric=True, observer="minmax")
+    )
     return {
         "auto": Mixture("auto", (static, dynamic, blocks)),
         "int8": static,

@@ -6,10 +6,7 @@ A *feed* maps input names to arrays for one run. Nothing is kept: every pass ove
 from __future__ import annotations
 
 import hashlib
-import importlib
-import re
 import shutil
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +15,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from qgraph import datafiles, errors
+from qgraph import datafiles, errors, named
 from qgraph.errors import DataError, QGraphError, first_line
 from qgraph.feeds import Batch, InputSpec, checked, inputs_of
 
@@ -123,7 +120,7 @@ def load(source: DataSource, inputs: list[InputSpec]) -> Dataset:
     if isinstance(source, (str, Path)):
         text = str(source)
         path = Path(source)
-        if not path.exists() and re.fullmatch(r"[\w.]+:[\w.]+", text):
+        if not path.exists() and named.is_name(text):
             return load(_imported(text), inputs)
         if not path.exists():
             near = errors.nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
@@ -164,19 +161,7 @@ def _iterated(feeds: Any, label: str) -> Iterator[Any]:
 
 
 def _imported(text: str) -> Callable[[], Iterable[Mapping[str, Any]]]:
-    module_name, _, attribute = text.partition(":")
-    added = "" not in sys.path
-    if added:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise DataError(f"Cannot import {text!r}: {type(error).__name__}: {first_line(error)}") from error
-    finally:
-        if added:
-            sys.path.remove("")
+    found = named.load(text, DataError)
     if not callable(found):
         raise DataError(f"{text!r} is not a function that returns feeds.")
     return found  # type: ignore[no-any-return]

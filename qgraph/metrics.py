@@ -8,17 +8,15 @@ anything else.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph import errors
+from qgraph import errors, named
 from qgraph.errors import DataError, OptionError, QGraphError, first_line
 from qgraph.feeds import LABELS, Batch
 from qgraph.report import Fidelity
@@ -147,22 +145,9 @@ def metric(name: str | Callable[[Outputs], float]) -> Metric:
         return Metric(getattr(name, "__qualname__", repr(name)), of_outputs=_guarded(name))
     if name in METRICS:
         return METRICS[name]
-    if not re.fullmatch(r"[\w.]+:[\w.]+", name):
+    if not named.is_name(name):
         raise errors.unknown("metric", name, [*METRICS, "package.module:function"])
-    module, _, attribute = name.partition(":")
-    added = "" not in sys.path
-    if added:
-        sys.path.insert(0, "")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:
-        raise OptionError(f"Cannot import metric {name!r}: {type(error).__name__}: {first_line(error)}") from error
-    finally:
-        if added:
-            sys.path.remove("")
-    return Metric(name, of_outputs=_guarded(found))
+    return Metric(name, of_outputs=_guarded(named.load(name, OptionError, "metric ")))
 
 
 def _guarded(function: Callable[[Outputs], Any]) -> Callable[[Outputs], float]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.targets.base import Refusal
 
-__all__ = ["float_activation", "gemm", "rows", "weight"]
+__all__ = ["float_activation", "product", "rows", "weight"]
 
 
 def float_activation(value: ir.Value | None) -> Refusal | None:
@@ -36,13 +36,13 @@ def weight(value: ir.Value | None, what: str) -> Refusal | None:
     return None
 
 
-def rows(value: ir.Value, inner: int) -> int:
+def rows(value: ir.Value | None, inner: int) -> int:
     """Rows of an activation whose last axis has `inner` elements, in a run or guessed."""
     count = graph.element_count(value)
     return 64 if count is None else max(1, count // max(1, inner))
 
 
-def gemm(node: ir.Node) -> tuple[int, int, bool] | Refusal:
+def _gemm(node: ir.Node) -> tuple[int, int, bool] | Refusal:
     """(inner size, columns, whether the weight is transposed) of a Gemm that is a product and a row of biases."""
     shape = graph.run_shape(node.inputs[1]) or (0, 0)
     transposed = bool(node.attributes.get_int("transB", 0))
@@ -60,3 +60,31 @@ def gemm(node: ir.Node) -> tuple[int, int, bool] | Refusal:
         if shape_of_bias[-1:] != (columns,) or math.prod(shape_of_bias) != columns:
             return Refusal("the bias is not one number per column")
     return inner, columns, transposed
+
+
+def product(node: ir.Node, why_not_two: str) -> tuple[int, int, bool] | Refusal:
+    """(inner size, columns, whether the weight is transposed) of a MatMul or Gemm of an activation and a weight.
+
+    Args:
+        node: the product.
+        why_not_two: the reason to refuse a product of two activations.
+    """
+    left, right = node.inputs[0], node.inputs[1]
+    if left is None or right is None:
+        return Refusal("an input is missing")
+    if node.op_type == "MatMul" and not right.is_initializer() and not left.is_initializer():
+        return Refusal(why_not_two)
+    if node.op_type == "MatMul" and graph.has_constant(left):
+        return Refusal("the weight is on the left; the integer kernel wants it on the right")
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    refusal = float_activation(left) or weight(right, "the weight")
+    if refusal is None and bias is not None:
+        refusal = weight(bias, "the bias")
+    if refusal is not None:
+        return refusal
+    if node.op_type == "Gemm":
+        return _gemm(node)
+    shape = graph.run_shape(right) or ()
+    if len(shape) != 2:
+        return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
+    return shape[0], shape[1], False

@@ -21,6 +21,7 @@ __all__ = ["find"]
 
 _Entry = Callable[[ir.Node, Scheme], "Kernel | Refusal"]
 
+_TWO_ACTIVATIONS = "a product of two activations gains too little for what it loses in accuracy"
 _NO_KERNEL = "onnxruntime's CPU provider has no integer kernel for {}"
 
 
@@ -67,18 +68,11 @@ def _conv(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 
 
 def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-    left, right = node.inputs[0], node.inputs[1]
-    if left is not None and right is not None and not right.is_initializer() and not left.is_initializer():
-        return Refusal("a product of two activations gains too little for what it loses in accuracy")
-    if graph.has_constant(left):
-        return Refusal("the weight is on the left; the integer kernel wants it on the right")
-    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
-    if refusal is not None or right is None or left is None:
-        return refusal or Refusal("an input is missing")
-    shape = graph.run_shape(right) or ()
-    if len(shape) != 2:
-        return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
-    cost = costs.matmul(cpu_checks.rows(left, shape[0]), shape[0], shape[1])
+    form = cpu_checks.product(node, _TWO_ACTIVATIONS)
+    if isinstance(form, Refusal):
+        return form
+    inner, columns, _ = form
+    cost = costs.matmul(cpu_checks.rows(node.inputs[0], inner), inner, columns)
     return Kernel(
         ("MatMulIntegerToFloat", "QLinearMatMul"),
         {0: _codes(scheme)},
@@ -90,18 +84,12 @@ def _matmul(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 
 
 def _gemm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-    left, right = node.inputs[0], node.inputs[1]
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
-    if refusal is None and bias is not None:
-        refusal = cpu_checks.weight(bias, "the bias")
-    if refusal is not None or right is None or left is None:
-        return refusal or Refusal("an input is missing")
-    form = cpu_checks.gemm(node)
+    form = cpu_checks.product(node, _TWO_ACTIVATIONS)
     if isinstance(form, Refusal):
         return form
     inner, columns, transposed = form
-    cost = costs.matmul(cpu_checks.rows(left, inner), inner, columns)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    cost = costs.matmul(cpu_checks.rows(node.inputs[0], inner), inner, columns)
     return Kernel(
         ("QGemm",),
         {0: _codes(scheme)},

@@ -43,26 +43,11 @@ def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 
 
 def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-    left, right = node.inputs[0], node.inputs[1]
-    if left is not None and right is not None and not right.is_initializer() and not left.is_initializer():
-        return Refusal("a product of two activations has no weight")
-    if graph.has_constant(left):
-        return Refusal("the weight is on the left; the integer kernel wants it on the right")
-    refusal = cpu_checks.float_activation(left) or cpu_checks.weight(right, "the weight")
-    if refusal is not None or left is None or right is None:
-        return refusal or Refusal("an input is missing")
-    shape = graph.run_shape(right) or ()
-    if len(shape) != 2:
-        return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
-    inner, columns, transposed = shape[0], shape[1], False
-    if node.op_type == "Gemm":
-        form = cpu_checks.gemm(node)
-        if isinstance(form, Refusal):
-            return form
-        inner, columns, transposed = form
-        if len(node.inputs) > 2 and (refusal := cpu_checks.weight(node.inputs[2], "the bias")) is not None:
-            return refusal
-    rows = cpu_checks.rows(left, inner)
+    form = cpu_checks.product(node, "a product of two activations has no weight")
+    if isinstance(form, Refusal):
+        return form
+    inner, columns, transposed = form
+    rows = cpu_checks.rows(node.inputs[0], inner)
     plain = costs.matmul(rows, inner, columns).in_float
     if not scheme.dynamic:
         return _blocks(scheme, rows, inner, columns, transposed, plain)

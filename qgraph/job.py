@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -54,8 +55,8 @@ class Job:
         self.target: Target = registry.target(options.target)
         self.scheme = self.target.scheme(options.scheme)
         self.limits = options.limits()
-        self.estimates: list[Estimate] = []
         self._rejected: set[str] = set()
+        self._profiled = False
         self._hint = ""
         self._speeds: dict[str, list[Speed]] = {}
         progress("reading", 0, 0)
@@ -94,10 +95,8 @@ class Job:
         judge = self._judge(held, "search", parts.apart)
         final = self._judge(tested, "final", True) if tested is not None else judge
         if self.report.budget is not None:
-            words = (
-                f"{self.report.budget.text} (losses on {held.count()} samples count up to {judge.margin():.2f}-fold)"
-            )
-            self.report.budget = dataclasses.replace(self.report.budget, text=words)
+            told = f" (losses on {held.count()} samples count up to {judge.margin():.2f}-fold)"
+            self.report.budget = dataclasses.replace(self.report.budget, text=self.report.budget.text + told)
         builder = self._builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
         self.report.fidelity = verdict.fidelity
@@ -153,6 +152,8 @@ class Job:
         return Judge(self.original, held, self.limits, self.target.options(), folder, held_back=apart)
 
     def _builder(self, calibrate: Dataset | None) -> Builder:
+        if self.options.observer is not None and (calibrate is None or not self.scheme.static):
+            raise OptionError(f"Scheme {self.scheme.name!r} calibrates no ranges here: leave out the observer.")
         ranges, saved = self.options.ranges, self.options.save_ranges
         context = Context(
             self.target,
@@ -181,17 +182,16 @@ class Job:
         while keys:
             best, speeds = self._fastest(search, keys)
             if search.trials.trials[best].slowest < 1.0 and self._learned(search, builder, best):
-                keys = search.within()
+                keys = [key for key in search.within() if key not in self._rejected]
                 best, speeds = self._fastest(search, keys)
             built = search.get(best)
             verdict = final.judge(built.runnable)
             if verdict.within or self.options.force:
                 break
-            trial = search.trials.trials[best]
             self._rejected.add(best)
-            self.report.notes.append(
-                f"Candidate {trial.name!r} held the budget on the search's data, but not on the evaluation data."
-            )
+            name = search.trials.trials[best].name
+            words = f"Candidate {name!r} held the budget on the search's data, but not on the evaluation data."
+            self.report.notes.append(words)
             keys.remove(best)
         else:
             self._tell(search, None)
@@ -210,19 +210,18 @@ class Job:
             self.report.notes.append(f"{trials.resumed} candidates were measured before, and taken from {state}.")
         deadline = time.monotonic() + self.options.time_limit
         glance = self.clock.glance if self.options.bench_seconds > 0 else None
-        self.builder = builder
-        search = Search(builder, judge, self._estimates, trials, deadline, self.progress, self.options.force, glance)
+        estimate = functools.partial(self._estimates, builder)
+        search = Search(builder, judge, estimate, trials, deadline, self.progress, self.options.force, glance)
         for pattern in builder.unfollowed:
             self.report.notes.append(
                 f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
             )
         return search
 
-    def _estimates(self) -> list[Estimate]:
-        builder = self.builder
-        if self.scheme.parts:
-            self.estimates = sensitivity.estimates(builder.prepared, builder.rules(), builder.context.data is not None)
-        return self.estimates
+    def _estimates(self, builder: Builder) -> list[Estimate]:
+        if not self.scheme.parts:
+            return []
+        return sensitivity.estimates(builder.prepared, builder.rules(), builder.context.data is not None)
 
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""
@@ -238,10 +237,12 @@ class Job:
                 self.report.notes.append(_UNTIMED)
             return keys[0], []
         best, found = keys[0], self._timed(search, keys[0])
-        # The clock settles what estimates leave open; behind a clear lead there is nothing to settle.
+        # The clock settles what estimates leave open. Behind a clear lead there is nothing to settle; nor between the
+        # same kernels, of which the more faithful ones come first.
         trials = search.trials.trials
         for number, key in enumerate(keys[1:], 1):
-            if trials[best].slowest >= 1.0 and (number >= _TIMED or trials[key].saved < _NEAR * trials[best].saved):
+            behind = number >= _TIMED or trials[key].saved < _NEAR * trials[best].saved
+            if trials[key].assignment == trials[best].assignment or (behind and trials[best].slowest >= 1.0):
                 continue
             speeds = self._timed(search, key)
             if trials[key].rate > _FASTER * trials[best].rate:
@@ -250,8 +251,9 @@ class Job:
 
     def _learned(self, search: Search, builder: Builder, slow: str) -> bool:
         """Search again, once, with the times of a slow candidate's nodes as they were measured here."""
-        if builder.measured or not search.trials.trials[slow].assignment:
+        if self._profiled or not search.trials.trials[slow].assignment:
             return False
+        self._profiled = True
         self.progress("profiling", 0, 0)
         ratio = search.trials.trials[slow].slowest
         self.report.notes.append(
@@ -284,16 +286,4 @@ class Job:
     def _tell(self, search: Search, best: str | None) -> None:
         trials = search.trials.trials.items()
         self.report.candidates = [t.candidate(key == best, key in self._rejected) for key, t in trials]
-        exact, noises = search.trials.noises, search.noises.values()
-        self.report.sensitivity = [
-            Sensitivity(
-                e.node,
-                e.op_type,
-                e.scheme,
-                exact.get((e.node, e.scheme), noises[e.node, e.scheme]),
-                (e.node, e.scheme) in exact,
-                e.saved,
-            )
-            for e in self.estimates
-            if e.noise > 0
-        ]
+        self.report.sensitivity = search.noises.told()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from qgraph.builder import Builder
 from qgraph.errors import AuditError, DataError, ExecutionError, QuantizationError
 from qgraph.judge import Judge
+from qgraph.report import Sensitivity
 from qgraph.sensitivity import Estimate
 from qgraph.trials import Trials
 
@@ -41,6 +42,7 @@ class Noises:
         self.trials = trials
         self.progress = progress
         self._estimate = estimate
+        self._estimates: list[Estimate] = []
         self._local: dict[tuple[str, str], float] | None = None
         self._values: dict[tuple[str, str], float] = {}
 
@@ -48,9 +50,21 @@ class Noises:
         """As well as it is known: shares of power, comparable with one another."""
         if self._local is None:
             self.progress("estimating", 0, 0)
-            self._local = {(e.node, e.scheme): e.noise for e in self._estimate()}
+            self._estimates = self._estimate()
+            self._local = {(e.node, e.scheme): e.noise for e in self._estimates}
             self._values = dict(self._local)
         return self._values
+
+    def told(self) -> list[Sensitivity]:
+        """For the report: all that lose anything, measured where they were."""
+        values, exact = self.values(), self.trials.noises
+        found: list[Sensitivity] = []
+        for one in self._estimates:
+            key = one.node, one.scheme
+            if one.noise > 0:
+                noise = exact.get(key, values[key])
+                found.append(Sensitivity(one.node, one.op_type, one.scheme, noise, key in exact, one.saved))
+        return found
 
     def measure(self, count: int, late: Callable[[], bool]) -> bool:
         """Measure the `count` noisiest nodes, and bring the estimates of the others to the same scale.

@@ -100,7 +100,7 @@ class Pipeline(ir.passes.Sequential):
             delta = {
                 op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]
             }
-            self.steps.append(Step(name, seconds, delta))
+            self.steps.append(Step(name, seconds, delta, dict(getattr(one, "refused", {}))))
             before = after
         return ir.passes.PassResult(model, modified)
 

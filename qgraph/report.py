@@ -30,11 +30,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One pass: name, seconds, and by how many each operator's count changed."""
+    """One pass: name, seconds, by how many each operator's count changed, and node -> why it was left as it was."""
 
     name: str
     seconds: float
     operators: dict[str, int]
+    refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @dataclasses.dataclass(frozen=True)

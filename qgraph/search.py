@@ -239,10 +239,9 @@ class Search:
         """Bisect the price between the last that is outside the budget and the first that is within."""
         noises = self.noises.values()
         fails, holds = 0.0, math.inf
-        worst = first
         saving = sum(max(self._saved[pair], 0.0) for pair in first.assignment.items() if pair in self._saved)
         unit = max(saving, 1e-9) / max(total(noises, first.assignment), 1e-30)
-        aim = total(noises, worst.assignment) / max(worst.strain, 1.0) * _MARGIN
+        aim = total(noises, first.assignment) / max(first.strain, 1.0) * _MARGIN
         tried: set[str] = {self._key(first.assignment)}
         for step in range(_STEPS):
             if self._late():

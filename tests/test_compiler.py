@@ -1029,3 +1029,10 @@ def test_what_is_left_in_float_runs_in_float(model_kit, model_free_cpu, tmp_path
     assert operator in {node.op_type for node in result.report.refused}
     Session(tmp_path / "out.onnx", SessionOptions(optimized=tmp_path / "run.onnx")).close()
     assert operator in {node.op_type for node in ir.load(tmp_path / "run.onnx").graph}
+
+
+@pytest.mark.parametrize("change", [{"scheme": "int8-dynamic"}, {"scheme": "fp32"}, {"data": None}])
+def test_an_observer_that_has_nothing_to_observe_is_an_error(model_kit, mlp, change):
+    job = {"data": model_kit.feeds(mlp), "observer": "minmax", "bench_seconds": 0, **change}
+    with pytest.raises(OptionError, match="leave out the observer"):
+        qgraph.optimize(mlp, **job)

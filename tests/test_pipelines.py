@@ -194,3 +194,15 @@ def test_passes_on_a_torch_export(model_kit):
     after = model_kit.static(model, feeds)
     assert {"Conv", "Gemm"} <= {node.op_type for node in after.graph if KERNEL in node.meta}
     assert model_kit.sqnr(original, after, feeds) > 25
+
+
+def test_what_a_pass_refuses_is_told_in_its_step(model_kit):
+    """The steps of a report carry the reasons of the passes that scale channels."""
+    model = model_kit.text("g (float[4, 8] x) => (float[4, 8] y) { y = MatMul (x, W) }", W=model_kit.normal(8, 8))
+    target = model_kit.free()
+    data = load(model_kit.feeds(model), inputs_of(model))
+    pipeline = registry.pipeline("prepare")(Context(target, target.scheme("int8"), data, smoothing="folded"))
+    pipeline(model)
+    told = {step.name: step.refused for step in pipeline.steps}
+    assert list(told["Smooth"]) == [node.name for node in model.graph if node.op_type == "MatMul"]
+    assert all(told["Smooth"].values()) and told["Survey"] == {}

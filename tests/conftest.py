@@ -11,12 +11,16 @@ import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes import common
 
-from qgraph import bench, registry
+from qgraph import bench, graph, registry
+from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
 from qgraph.formats import INT8, UINT8
 from qgraph.pipeline import Context
+from qgraph.qparams import fake_quantize, from_range
 from qgraph.session import Session, SessionOptions
+from qgraph.spec import PerAxis, QuantSpec
 from qgraph.targets import KERNEL, REASON, Refusal
 from qgraph.targets.cpu import Cpu
 
@@ -167,6 +171,37 @@ def model_free_cpu(monkeypatch):
     """Makes `cpu` the target on which integers always pay, for whole compilations of tiny models."""
     find = registry.target
     monkeypatch.setattr(registry, "target", lambda name: ModelKit.free() if name == "cpu" else find(name))
+
+
+@pytest.fixture
+def model_eight_bits():
+    """The model with the inputs of its surveyed layers in u8, min-max, and their weights in s8 per channel."""
+
+    def build(model):
+        copy = model.clone()
+        for node in [n for n in copy.graph if SAMPLE in n.meta]:
+            low, high = node.meta[CHANNELS]
+            params = from_range(low.min(), high.max(), QuantSpec(UINT8))
+            numbers = [params.scale, np.uint8(params.zero_point)]
+            scale, zero = (
+                graph.add_initializer(copy.graph, ir.Tensor(np.asarray(a)), f"{node.outputs[0].name}_{i}")
+                for i, a in enumerate(numbers)
+            )
+            codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero])
+            back = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero])
+            copy.graph.insert_before(node, [codes, back])
+            node.replace_input_with(0, back.outputs[0])
+            weight = node.inputs[1].const_value.numpy()
+            axis = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
+            others = tuple(i for i in range(weight.ndim) if i != axis)
+            spec = QuantSpec(INT8, PerAxis(axis), symmetric=True)
+            rounded = fake_quantize(weight, from_range(weight.min(others), weight.max(others), spec))
+            made = graph.add_initializer(copy.graph, ir.Tensor(rounded), f"{node.outputs[0].name}_rounded")
+            node.replace_input_with(1, made)
+        common.NameFixPass()(copy)
+        return copy
+
+    return build
 
 
 # -- the lower floors (fixtures `tiny_*`) -----------------------------------------------------------------------------

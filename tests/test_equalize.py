@@ -7,12 +7,8 @@ from onnx_ir.passes import common
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.survey import Survey
 
-from qgraph import graph
 from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
-from qgraph.formats import INT8, UINT8
-from qgraph.qparams import fake_quantize, from_range
-from qgraph.spec import PerAxis, QuantSpec
 
 BODY = """a = Conv (x, V, b) r = Relu (a) e = Conv <group=8, pads=[1,1,1,1]> (r, D, c) s = Relu (e)
     h = Conv (s, W, d) t = Add (h, k) f = GlobalAveragePool (t) g = Flatten (f) y = Gemm (g, F)"""
@@ -54,37 +50,6 @@ def surveyed(model_kit):
 
 
 @pytest.fixture
-def eight_bits():
-    """The model with the inputs of its surveyed layers in u8, min-max, and their weights in s8 per channel."""
-
-    def build(model):
-        copy = model.clone()
-        for node in [n for n in copy.graph if SAMPLE in n.meta]:
-            low, high = node.meta[CHANNELS]
-            params = from_range(low.min(), high.max(), QuantSpec(UINT8))
-            numbers = [params.scale, np.uint8(params.zero_point)]
-            scale, zero = (
-                graph.add_initializer(copy.graph, ir.Tensor(np.asarray(a)), f"{node.outputs[0].name}_{i}")
-                for i, a in enumerate(numbers)
-            )
-            codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero])
-            back = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero])
-            copy.graph.insert_before(node, [codes, back])
-            node.replace_input_with(0, back.outputs[0])
-            weight = node.inputs[1].const_value.numpy()
-            axis = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
-            others = tuple(i for i in range(weight.ndim) if i != axis)
-            spec = QuantSpec(INT8, PerAxis(axis), symmetric=True)
-            rounded = fake_quantize(weight, from_range(weight.min(others), weight.max(others), spec))
-            made = graph.add_initializer(copy.graph, ir.Tensor(rounded), f"{node.outputs[0].name}_rounded")
-            node.replace_input_with(1, made)
-        common.NameFixPass()(copy)
-        return copy
-
-    return build
-
-
-@pytest.fixture
 def equalized(model_kit, surveyed):
     """(the surveyed original, the same after the pass, the pass, feeds)."""
 
@@ -99,15 +64,15 @@ def equalized(model_kit, surveyed):
     return build
 
 
-def test_a_depthwise_network_is_rescued(model_kit, wide, equalized, eight_bits):
+def test_a_depthwise_network_is_rescued(model_kit, wide, equalized, model_eight_bits):
     before, after, one, feeds = equalized(wide())
     model_kit.same(before, after, feeds[:2])
     assert model_kit.ops(after) == model_kit.ops(before)
     assert len(one.changes) == 2
     assert all(change.after > change.before + 10 and not change.explicit for change in one.changes)
-    plain = model_kit.sqnr(before, eight_bits(before), feeds)
+    plain = model_kit.sqnr(before, model_eight_bits(before), feeds)
     assert plain < 25
-    assert model_kit.sqnr(before, eight_bits(after), feeds) > plain + 10
+    assert model_kit.sqnr(before, model_eight_bits(after), feeds) > plain + 10
 
 
 def test_what_is_even_already_stays(model_kit, wide, equalized):

@@ -1,18 +1,13 @@
 """Smooth: outlier channels of a product's input move into its weights, for nothing or by a Mul."""
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from onnx_ir.passes import common
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.survey import Survey
 
-from qgraph import graph
 from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
-from qgraph.formats import INT8, UINT8
-from qgraph.qparams import fake_quantize, from_range
-from qgraph.spec import PerAxis, QuantSpec
 from qgraph.targets import Refusal
 
 WIDTH = 24
@@ -37,37 +32,6 @@ def build(model_kit):
         return model, feeds
 
     return make
-
-
-@pytest.fixture
-def eight_bits():
-    """The model with the inputs of its surveyed layers in u8, min-max, and their weights in s8 per channel."""
-
-    def build(model):
-        copy = model.clone()
-        for node in [n for n in copy.graph if SAMPLE in n.meta]:
-            low, high = node.meta[CHANNELS]
-            params = from_range(low.min(), high.max(), QuantSpec(UINT8))
-            numbers = [params.scale, np.uint8(params.zero_point)]
-            scale, zero = (
-                graph.add_initializer(copy.graph, ir.Tensor(np.asarray(a)), f"{node.outputs[0].name}_{i}")
-                for i, a in enumerate(numbers)
-            )
-            codes = ir.node("QuantizeLinear", [node.inputs[0], scale, zero])
-            back = ir.node("DequantizeLinear", [codes.outputs[0], scale, zero])
-            copy.graph.insert_before(node, [codes, back])
-            node.replace_input_with(0, back.outputs[0])
-            weight = node.inputs[1].const_value.numpy()
-            axis = 0 if node.op_type == "Conv" or node.attributes.get_int("transB", 0) else 1
-            others = tuple(i for i in range(weight.ndim) if i != axis)
-            spec = QuantSpec(INT8, PerAxis(axis), symmetric=True)
-            rounded = fake_quantize(weight, from_range(weight.min(others), weight.max(others), spec))
-            made = graph.add_initializer(copy.graph, ir.Tensor(rounded), f"{node.outputs[0].name}_rounded")
-            node.replace_input_with(1, made)
-        common.NameFixPass()(copy)
-        return copy
-
-    return build
 
 
 @pytest.fixture
@@ -97,7 +61,7 @@ def norm(model_kit, build):
     )  # fmt: skip
 
 
-def test_a_norm_takes_the_factors_in(model_kit, norm, smoothed, eight_bits):
+def test_a_norm_takes_the_factors_in(model_kit, norm, smoothed, model_eight_bits):
     model, feeds = norm
     after, one = smoothed(model)
     model_kit.same(model, after, feeds[:2])
@@ -105,8 +69,8 @@ def test_a_norm_takes_the_factors_in(model_kit, norm, smoothed, eight_bits):
     (change,) = one.changes
     assert change.readers == ("q", "k", "v") and not change.explicit and change.after > change.before + 10
     assert one.refused == {}
-    plain = model_kit.sqnr(model, eight_bits(model), feeds)
-    assert model_kit.sqnr(model, eight_bits(after), feeds) > plain + 10
+    plain = model_kit.sqnr(model, model_eight_bits(model), feeds)
+    assert model_kit.sqnr(model, model_eight_bits(after), feeds) > plain + 10
 
 
 def test_samples_stay_shared_and_right(norm, smoothed):
@@ -138,7 +102,7 @@ def post_norm(model_kit, build):
     )  # fmt: skip
 
 
-def test_a_mul_where_nothing_takes_them_in(model_kit, post_norm, smoothed, eight_bits):
+def test_a_mul_where_nothing_takes_them_in(model_kit, post_norm, smoothed, model_eight_bits):
     model, feeds = post_norm
     after, one = smoothed(model)
     model_kit.same(model, after, feeds[:2])
@@ -146,8 +110,8 @@ def test_a_mul_where_nothing_takes_them_in(model_kit, post_norm, smoothed, eight
     assert model_kit.ops(after).count("Mul") == 1
     mul = next(node for node in after.graph if node.op_type == "Mul")
     assert [node.name for node in mul.outputs[0].consumers()] == ["q"]
-    plain = model_kit.sqnr(model, eight_bits(model), feeds)
-    assert model_kit.sqnr(model, eight_bits(after), feeds) > plain + 3
+    plain = model_kit.sqnr(model, model_eight_bits(model), feeds)
+    assert model_kit.sqnr(model, model_eight_bits(after), feeds) > plain + 3
 
 
 def test_no_mul_unless_wanted(model_kit, post_norm, smoothed):
@@ -165,7 +129,7 @@ def test_no_mul_for_little(post_norm, smoothed):
     assert one.changes == [] and "dB" in one.refused["q"]
 
 
-def test_the_up_projection_takes_the_factors_of_the_down_projection(model_kit, build, smoothed, eight_bits):
+def test_the_up_projection_takes_the_factors_of_the_down_projection(model_kit, build, smoothed, model_eight_bits):
     n, gain = model_kit.normal, outliers(np.random.default_rng(3), 40)
     model, feeds = build(
         "[gate] g0 = MatMul (x, G) s = Sigmoid (g0) [up] u = MatMul (x, U) m = Mul (s, u) [down] y = MatMul (m, D)",
@@ -175,8 +139,8 @@ def test_the_up_projection_takes_the_factors_of_the_down_projection(model_kit, b
     model_kit.same(model, after, feeds[:2])
     assert model_kit.ops(after) == model_kit.ops(model)
     assert ("down",) in [change.readers for change in one.changes]
-    plain = model_kit.sqnr(model, eight_bits(model), feeds)
-    assert model_kit.sqnr(model, eight_bits(after), feeds) > plain + 6
+    plain = model_kit.sqnr(model, model_eight_bits(model), feeds)
+    assert model_kit.sqnr(model, model_eight_bits(after), feeds) > plain + 6
 
 
 def test_layers_without_a_kernel_are_left(model_kit, norm):

@@ -1,22 +1,23 @@
-"""MatMul(x, W) -> com.microsoft.MatMulNBits(x, codes of W, scales), weights quantized in blocks along the sum.
+"""MatMul(x, W) -> com.microsoft.MatMulNBits(x, codes of W, scales, zero points), W in blocks along the sum.
 
-The operator's own form: codes [N, blocks, block bytes] biased to unsigned, scales [N, blocks]. Accuracy level 4 makes
-it compute in int8 (each block of each row of x gets a scale of its own); at the other levels eight-bit weights are tens
-of times slower than float. A Gemm's bias becomes the operator's.
+The operator's own form, see `qgraph.blocks`. Accuracy level 4 makes it compute in int8 (each block of each row of x
+gets a scale of its own); at the other levels weights of 2 and of 8 bits are tens of times slower than float. A Gemm's
+bias becomes the operator's. Codes come from the algorithms before this pass, or are rounded to nearest as the file is
+written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qgraph import graph, weights
-from qgraph.qparams import QParams, of_blocks, quantize
-from qgraph.spec import PerBlock
+from qgraph import blocks, graph, weights
+from qgraph.blocks import BLOCKS, Blocks
+from qgraph.spec import PerBlock, QuantSpec
 from qgraph.targets import KERNEL, Form, Kernel
 
 __all__ = ["InsertBlocks"]
@@ -35,7 +36,7 @@ class InsertBlocks(ir.passes.InPlacePass):
         main = model.graph
         planned = [n for n in main if graph.is_standard(n, "MatMul", "Gemm") and _is_planned(n)]
         names = graph.value_names(main)
-        made: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+        made: dict[tuple[object, ...], list[ir.Value | None]] = {}
         for node in planned:
             _write(main, node, names, made)
         if planned:
@@ -50,7 +51,7 @@ def _is_planned(node: ir.Node) -> bool:
 
 
 def _write(
-    main: ir.Graph, node: ir.Node, names: set[str], made: dict[tuple[object, ...], tuple[ir.Value, ir.Value]]
+    main: ir.Graph, node: ir.Node, names: set[str], made: dict[tuple[object, ...], list[ir.Value | None]]
 ) -> None:
     kernel: Kernel = node.meta[KERNEL]
     weight = node.inputs[1]
@@ -60,28 +61,14 @@ def _write(
     axis, size, bits = spec.granularity.axis, spec.granularity.size, spec.format.storage.bitwidth
     shape = graph.run_shape(weight) or (0, 0)
     inner, columns = shape[axis], shape[1 - axis]
-    if (weight, axis, size) not in made:
-        array = graph.constant(weight)
-        assert array is not None
-        params = of_blocks(array, spec)
-        del array
-        graph.release(weight)
-        scales = np.ascontiguousarray(params.scale.T if axis == 0 else params.scale)
-        codes = weights.derived(
-            main,
-            weight,
-            lambda array: _codes(array, params, axis, size),
-            ir.DataType.UINT8,
-            (columns, scales.shape[1], size),
-            graph.fresh_name(f"{weight.name}_blocks", names),
-        )
-        name = graph.fresh_name(f"{weight.name}_block_scales", names)
-        made[weight, axis, size] = codes, graph.add_initializer(main, ir.Tensor(scales), name)
-    codes, scale_value = made[weight, axis, size]
-    inputs: list[ir.Value | None] = [node.inputs[0], codes, scale_value]
+    chosen: Blocks | None = node.meta.get(BLOCKS)
+    key = (weight, spec) if chosen is None else (chosen,)
+    if key not in made:
+        made[key] = _constants(main, weight, spec, chosen, (columns, inner), names)
+    inputs: list[ir.Value | None] = [node.inputs[0], *made[key]]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
-        inputs += [None, None, weights.flat(main, bias, names)]
+        inputs += [None] * (5 - len(inputs)) + [weights.flat(main, bias, names)]
     attributes = {"K": inner, "N": columns, "bits": bits, "block_size": size, "accuracy_level": _LEVEL}
     new = ir.Node(
         "com.microsoft", "MatMulNBits", inputs, attributes=[ir.AttrInt64(k, v) for k, v in attributes.items()]
@@ -90,9 +77,28 @@ def _write(
     new.meta[KERNEL] = kernel
 
 
-def _codes(array: NDArray[Any], params: QParams, axis: int, size: int) -> NDArray[np.uint8]:
-    """[N, blocks, size], the last block filled up; 128 is the zero point that the operator takes when given none."""
-    codes = quantize(array, params).astype(np.int16) + 128
-    rows = codes.T if axis == 0 else codes
-    wide = np.pad(rows, ((0, 0), (0, -rows.shape[1] % size)), constant_values=128)
-    return np.ascontiguousarray(wide.reshape(len(wide), -1, size).astype(np.uint8))
+def _constants(
+    main: ir.Graph, weight: ir.Value, spec: QuantSpec, chosen: Blocks | None, shape: tuple[int, int], names: set[str]
+) -> list[ir.Value | None]:
+    """Codes, scales and, where the spec is affine, zero points; evaluated as the file is written."""
+    assert isinstance(spec.granularity, PerBlock)
+    bits, size = spec.format.storage.bitwidth, spec.granularity.size
+    columns, count = shape[0], -(-shape[1] // size)
+    source = weights.Shared(weight, (lambda _: chosen) if chosen is not None else (lambda w: blocks.nearest(w, spec)))
+    base = str(weight.name)
+
+    def part(name: str, pick: Callable[[Blocks], NDArray[Any]], dtype: ir.DataType, *shape: int) -> ir.Value:
+        return source.part(main, pick, dtype, shape, graph.fresh_name(f"{base}_{name}", names))
+
+    found: list[ir.Value | None] = [
+        part("blocks", lambda b: b.codes, ir.DataType.UINT8, columns, count, size * bits // 8),
+        part("block_scales", lambda b: b.scale, ir.DataType.FLOAT, columns, count),
+    ]
+    if not spec.symmetric:
+        found.append(part("block_zero_points", _zero_point, ir.DataType.UINT8, columns, -(-count * bits // 8)))
+    return found
+
+
+def _zero_point(made: Blocks) -> NDArray[Any]:
+    assert made.zero_point is not None, "the spec is affine"
+    return made.zero_point

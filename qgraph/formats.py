@@ -16,7 +16,21 @@ from numpy.typing import NDArray
 
 from qgraph import errors
 
-__all__ = ["INT8", "INT16", "INT32", "UINT8", "UINT16", "Format", "Int", "UInt", "by_name"]
+__all__ = [
+    "INT2",
+    "INT4",
+    "INT8",
+    "INT16",
+    "INT32",
+    "UINT2",
+    "UINT4",
+    "UINT8",
+    "UINT16",
+    "Format",
+    "Int",
+    "UInt",
+    "by_name",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +141,17 @@ class UInt(_Integer):
         return float(2**self.bits - 1)
 
 
+INT2 = Int(2)
+INT4 = Int(4)
 INT8 = Int(8)
 INT16 = Int(16)
 INT32 = Int(32)
+UINT2 = UInt(2)
+UINT4 = UInt(4)
 UINT8 = UInt(8)
 UINT16 = UInt(16)
 
-_NAMED: dict[str, Format] = {f.name: f for f in (INT8, INT16, INT32, UINT8, UINT16)}
+_NAMED: dict[str, Format] = {f.name: f for f in (INT2, INT4, INT8, INT16, INT32, UINT2, UINT4, UINT8, UINT16)}
 
 
 def by_name(name: str) -> Format:

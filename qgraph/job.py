@@ -23,6 +23,7 @@ from qgraph.judge import Judge, Verdict
 from qgraph.options import Options
 from qgraph.pipeline import Context
 from qgraph.report import Budget, Report, Sensitivity, Speed
+from qgraph.rules import FLOAT
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
 from qgraph.session import Feeds
@@ -53,7 +54,12 @@ class Job:
     ):
         self.options, self.workspace, self.progress, self.output = options, workspace, progress, output
         self.target: Target = registry.target(options.target)
+        if options.block_size is not None:
+            self.target = self.target.in_blocks(options.block_size)
         self.scheme = self.target.scheme(options.scheme)
+        named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
+        if options.block_size is not None and all(part.block is None for one in named for part in one.parts):
+            raise OptionError(f"Scheme {self.scheme.name!r} has no weights in blocks: leave out the block size.")
         self.limits = options.limits()
         self._rejected: set[str] = set()
         self._profiled = False
@@ -226,7 +232,7 @@ class Job:
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""
         told, asked = self.report, self.options
-        chosen = (asked.keep_float, sorted(asked.choices.items()), asked.observer, asked.ranges)
+        chosen = (asked.keep_float, sorted(asked.choices.items()), asked.observer, asked.ranges, asked.block_size)
         seen = [data.digest() for data in (judge.data, builder.context.data) if data is not None]
         return (version("qgraph"), self.key, told.target, told.scheme, told.runtime, told.budget, chosen, seen)
 

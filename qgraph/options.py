@@ -49,6 +49,7 @@ class Options:
         metric: name of the metric of `max_loss`, `package.module:function`, or a function; see `qgraph.metrics`.
         time_limit: seconds after which the search takes the best that it has.
         state: file in which the search keeps what it has measured, and from which it goes on.
+        block_size: weights that share a scale where weights are in blocks: 32, 64 or 128; None for the scheme's own.
         choices: pattern of node names (shell style) or operator type -> scheme, or "float". Names go before operators.
         observer: name of the observer; None for the scheme's own.
         keep_float: patterns of node names or operator types to leave in float.
@@ -69,6 +70,7 @@ class Options:
     metric: str | Callable[[Outputs], float] | None = None
     time_limit: float = 60.0
     state: Path | str | None = None
+    block_size: int | None = None
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     observer: str | None = None
     keep_float: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class Options:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
         if self.memory <= 0 or self.bench_seconds < 0 or self.time_limit < 0:
             raise OptionError("memory must be positive, bench_seconds and time_limit not negative.")
+        if self.block_size not in (None, 32, 64, 128):
+            raise OptionError(f"Kernels take blocks of 32, 64 or 128 weights, and not {self.block_size}.")
         for name, value in (("min_cosine", self.min_cosine), ("min_agreement", self.min_agreement)):
             if value is not None and not 0 <= value <= 1:
                 raise OptionError(f"{name} lies between 0 and 1, and {value} does not.")

@@ -80,6 +80,25 @@ class Scheme:
         """Itself: a mixture of one."""
         return (self,)
 
+    @property
+    def bits(self) -> int:
+        """Stored bits of a weight, its scale not counted."""
+        return self.weight.format.storage.bitwidth
+
+    @property
+    def block(self) -> int | None:
+        """Weights that share a scale, where they are in blocks."""
+        granularity = self.weight.granularity
+        return granularity.size if isinstance(granularity, PerBlock) else None
+
+    def in_blocks(self, size: int) -> Scheme:
+        """The same with blocks of `size` weights, where there are blocks."""
+        spec = self.weight
+        if not isinstance(spec.granularity, PerBlock):
+            return self
+        blocked = dataclasses.replace(spec, granularity=PerBlock(spec.granularity.axis, size))
+        return dataclasses.replace(self, weight=blocked)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
@@ -93,6 +112,10 @@ class Mixture:
     def static(self) -> bool:
         """Whether ranges of activations must be calibrated."""
         return any(part.static for part in self.parts)
+
+    def in_blocks(self, size: int) -> Mixture:
+        """The same with blocks of `size` weights, where there are blocks."""
+        return dataclasses.replace(self, parts=tuple(part.in_blocks(size) for part in self.parts))
 
 
 BIAS = QuantSpec(INT32, PerAxis(0), symmetric=True, observer="minmax")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from qgraph import graph
 from qgraph.errors import QuantizationError
 
-__all__ = ["derived", "flat"]
+__all__ = ["Shared", "derived", "flat"]
 
 _FLAT = "qgraph.flat"
+_T = TypeVar("_T")
 
 
 def derived(
@@ -68,3 +69,45 @@ def flat(main: ir.Graph, row: ir.Value, names: set[str]) -> ir.Value:
         known = graph.add_initializer(main, ir.Tensor(array), graph.fresh_name(f"{row.name}_flat", names))
         row.meta[_FLAT] = known
     return known
+
+
+class Shared(Generic[_T]):
+    """Several constants that are computed together from one weight: it is read once where they are written in a row.
+
+    Args:
+        weight: a constant.
+        function: array of `weight` -> what the parts are taken from.
+    """
+
+    def __init__(self, weight: ir.Value, function: Callable[[NDArray[Any]], _T]):
+        if weight.const_value is None:
+            raise QuantizationError(f"The weight {weight.name!r} is not a constant.")
+        self._tensor = weight.const_value
+        self._function = function
+        self._made: _T | None = None
+        self._parts = 0
+        self._taken: set[str] = set()
+
+    def part(
+        self, main: ir.Graph, pick: Callable[[_T], NDArray[Any]], dtype: ir.DataType, shape: tuple[int, ...], name: str
+    ) -> ir.Value:
+        """A new constant `name` of `main`, that `pick` takes from what is computed; of `dtype` and `shape`."""
+        self._parts += 1
+
+        def evaluate() -> ir.TensorProtocol:
+            return ir.Tensor(pick(self._get(name)), dtype=dtype, name=name)
+
+        return graph.add_initializer(main, ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name), name)
+
+    def _get(self, name: str) -> _T:
+        made = self._made
+        if made is None:
+            made = self._function(self._tensor.numpy())
+            if isinstance(self._tensor, ir.ExternalTensor):
+                self._tensor.release()
+        self._taken.add(name)
+        # Kept until each part has been asked for once.
+        self._made = made if len(self._taken) < self._parts else None
+        if self._made is None:
+            self._taken.clear()
+        return made

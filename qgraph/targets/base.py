@@ -8,6 +8,7 @@ there (`options`).
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 import enum
 from collections.abc import Mapping
@@ -136,6 +137,12 @@ class Target(abc.ABC):
         if name not in self.schemes:
             raise errors.unknown(f"scheme for target {self.name!r}:", name, self.schemes)
         return self.schemes[name]
+
+    def in_blocks(self, size: int) -> Target:
+        """The same target whose schemes have blocks of `size` weights, where they have blocks."""
+        other = copy.copy(self)
+        other.schemes = {name: scheme.in_blocks(size) for name, scheme in self.schemes.items()}
+        return other
 
     def options(self, threads: int = 0) -> SessionOptions:
         """Session options that run a model on this target."""

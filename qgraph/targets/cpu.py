@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.errors import OptionError
-from qgraph.formats import INT8, UINT8, Format, Int
+from qgraph.formats import INT8, UINT2, UINT4, UINT8, Format, Int
 from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_costs, cpu_kernels
 from qgraph.targets.base import Kernel, Refusal, Target
@@ -34,11 +34,16 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
     blocks = Scheme(
         "int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, _BLOCK), symmetric=True, observer="minmax")
     )
+    # Zero points take no measurable time, and at few bits bring half a decibel.
+    few = [
+        Scheme(f"int{one.bits}", None, QuantSpec(one, PerBlock(0, _BLOCK), observer="minmax")) for one in (UINT4, UINT2)
+    ]
     return {
         "auto": Mixture("auto", (static, dynamic, blocks)),
         "int8": static,
         "int8-dynamic": dynamic,
         "int8-weights": blocks,
+        **{one.name: one for one in few},
         "fp32": Mixture("fp32", (), "float"),
     }
 

@@ -85,10 +85,19 @@ def matmul(rows: int, inner: int, columns: int) -> Cost:
     return Cost((2000 + macs / 53) * _NS, (3800 + macs / 203) * _NS)
 
 
-def blocks(rows: int, inner: int, columns: int) -> float:
-    """Seconds of float rows times [inner, columns] in eight bits, blocks of 128; activations are quantized inside."""
+# Multiplications per nanosecond by (bits, block), for one row and for many.
+_BLOCK_RATES = {
+    (2, 32): (28, 34), (2, 64): (46, 62), (2, 128): (61, 89),
+    (4, 32): (44, 64), (4, 64): (48, 66), (4, 128): (61, 88),
+    (8, 32): (48, 72), (8, 64): (50, 80), (8, 128): (52, 86),
+}  # fmt: skip
+
+
+def blocks(rows: int, inner: int, columns: int, bits: int, size: int) -> float:
+    """Seconds of float rows times [inner, columns] in blocks of `size`; activations are quantized inside."""
     macs = rows * inner * columns
-    return (3900 + macs / 52) * _NS if rows == 1 else (6000 + macs / 86) * _NS
+    one, many = _BLOCK_RATES[bits, size]
+    return (3900 + macs / one) * _NS if rows == 1 else (6000 + macs / many) * _NS
 
 
 def elementwise(sized: ir.Value | None, in_float: float, in_integers: float) -> Cost:

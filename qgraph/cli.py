@@ -104,7 +104,7 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
               help="When to stop searching and take the best that was found.")  # fmt: skip
 @click.option("--state", type=_MODEL, callback=_new_file, help="Keep what was measured here, and go on from it.")
 @click.option("--block-size", type=int, metavar="32|64|128",
-              help="Weights that share a scale, in schemes with blocks: fewer are more faithful, more are faster.")  # fmt: skip
+              help="Weights that share a scale in blocks: few are more faithful, many are faster.")  # fmt: skip
 @click.option("--override", "choices", multiple=True, metavar="PATTERN=SCHEME", callback=_overrides,
               help="Scheme, or float, of nodes by name or operator; repeatable.")  # fmt: skip
 @click.option("--keep-float", multiple=True, metavar="PATTERN", help="Node name pattern or operator; repeatable.")

@@ -105,6 +105,8 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
 @click.option("--state", type=_MODEL, callback=_new_file, help="Keep what was measured here, and go on from it.")
 @click.option("--block-size", type=int, metavar="32|64|128",
               help="Weights that share a scale in blocks: few are more faithful, many are faster.")  # fmt: skip
+@click.option("--bits-per-weight", type=float, metavar="BITS",
+              help="Most bits of a weight on average; each gets what loses least within that.")  # fmt: skip
 @click.option("--override", "choices", multiple=True, metavar="PATTERN=SCHEME", callback=_overrides,
               help="Scheme, or float, of nodes by name or operator; repeatable.")  # fmt: skip
 @click.option("--keep-float", multiple=True, metavar="PATTERN", help="Node name pattern or operator; repeatable.")

@@ -27,7 +27,7 @@ from qgraph.rules import FLOAT
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
 from qgraph.session import Feeds
-from qgraph.targets import Target
+from qgraph.targets import WEIGHTS, Target
 from qgraph.trials import Trials
 
 __all__ = ["Job", "Progress"]
@@ -56,7 +56,7 @@ class Job:
         self.target: Target = registry.target(options.target)
         if options.block_size is not None:
             self.target = self.target.in_blocks(options.block_size)
-        self.scheme = self.target.scheme(options.scheme)
+        self.scheme = self.target.scheme(WEIGHTS if options.bits_per_weight is not None else options.scheme)
         named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
         if options.block_size is not None and all(part.block is None for one in named for part in one.parts):
             raise OptionError(f"Scheme {self.scheme.name!r} has no weights in blocks: leave out the block size.")
@@ -217,7 +217,10 @@ class Job:
         deadline = time.monotonic() + self.options.time_limit
         glance = self.clock.glance if self.options.bench_seconds > 0 else None
         estimate = functools.partial(self._estimates, builder)
-        search = Search(builder, judge, estimate, trials, deadline, self.progress, self.options.force, glance)
+        asked = self.options
+        search = Search(
+            builder, judge, estimate, trials, deadline, self.progress, self.options.force, glance, asked.bits_per_weight
+        )
         for pattern in builder.unfollowed:
             self.report.notes.append(
                 f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
@@ -232,7 +235,14 @@ class Job:
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""
         told, asked = self.report, self.options
-        chosen = (asked.keep_float, sorted(asked.choices.items()), asked.observer, asked.ranges, asked.block_size)
+        chosen = (
+            asked.keep_float,
+            sorted(asked.choices.items()),
+            asked.observer,
+            asked.ranges,
+            asked.block_size,
+            asked.bits_per_weight,
+        )
         seen = [data.digest() for data in (judge.data, builder.context.data) if data is not None]
         return (version("qgraph"), self.key, told.target, told.scheme, told.runtime, told.budget, chosen, seen)
 

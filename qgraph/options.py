@@ -11,6 +11,7 @@ from qgraph import calibration, metrics
 from qgraph.errors import OptionError, unknown
 from qgraph.metrics import Limit, Outputs
 from qgraph.observers import OBSERVERS
+from qgraph.targets import WEIGHTS
 
 __all__ = ["Options", "refuse_overwriting"]
 
@@ -50,6 +51,8 @@ class Options:
         time_limit: seconds after which the search takes the best that it has.
         state: file in which the search keeps what it has measured, and from which it goes on.
         block_size: weights that share a scale where weights are in blocks: 32, 64 or 128; None for the scheme's own.
+        bits_per_weight: largest mean of stored bits, scales included, over the weights of products and tables; the
+            scheme of each is then chosen among the weight-only ones so that least is lost.
         choices: pattern of node names (shell style) or operator type -> scheme, or "float". Names go before operators.
         observer: name of the observer; None for the scheme's own.
         keep_float: patterns of node names or operator types to leave in float.
@@ -71,6 +74,7 @@ class Options:
     time_limit: float = 60.0
     state: Path | str | None = None
     block_size: int | None = None
+    bits_per_weight: float | None = None
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     observer: str | None = None
     keep_float: tuple[str, ...] = ()
@@ -94,6 +98,10 @@ class Options:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
         if self.memory <= 0 or self.bench_seconds < 0 or self.time_limit < 0:
             raise OptionError("memory must be positive, bench_seconds and time_limit not negative.")
+        if self.bits_per_weight is not None and self.scheme not in ("auto", WEIGHTS):
+            raise OptionError(f"bits_per_weight chooses the schemes itself: leave out scheme={self.scheme!r}.")
+        if self.bits_per_weight is not None and not self.bits_per_weight > 0:
+            raise OptionError(f"bits_per_weight is a positive number, and not {self.bits_per_weight}.")
         if self.block_size not in (None, 32, 64, 128):
             raise OptionError(f"Kernels take blocks of 32, 64 or 128 weights, and not {self.block_size}.")
         for name, value in (("min_cosine", self.min_cosine), ("min_agreement", self.min_agreement)):
@@ -116,7 +124,11 @@ class Options:
         for name, value in (("cosine", self.min_cosine), ("agreement", self.min_agreement)):
             if value is not None:
                 found.append(Limit(metrics.METRICS[name], 1 - value, False, f"{name} at least {value:g}"))
-        if self.max_loss is not None or self.metric is not None or not found:
+        if self.bits_per_weight is not None and self.max_loss is None and not found:
+            # The size is the limit, and the least loss within it is what is asked for.
+            measure = metrics.metric(self.metric or metrics.DEFAULT)
+            found.append(dataclasses.replace(metrics.loss_limit("100%", measure), text="the least loss for the size"))
+        elif self.max_loss is not None or self.metric is not None or not found:
             measure = metrics.metric(self.metric or metrics.DEFAULT)
             found.insert(0, metrics.loss_limit("1%" if self.max_loss is None else self.max_loss, measure))
         return found

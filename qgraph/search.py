@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+from qgraph import mixing, pricing
 from qgraph.builder import Builder, Built, digest
 from qgraph.compare import Runnable
 from qgraph.errors import AuditError, DataError, ExecutionError, NothingQuantizedError, QuantizationError
@@ -49,6 +50,7 @@ class Search:
         progress: called with (what is done, steps done, steps in all).
         unlimited: whether the budget does not count: then the fastest is all there is to find.
         glance: a first look at a candidate's speed, threads -> times faster; None to do without.
+        bits: stored bits of a weight on average, scales included, that may not be exceeded; None for no such limit.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Search:
         progress: Callable[[str, int, int], None],
         unlimited: bool = False,
         glance: Callable[[Runnable], dict[str, float]] | None = None,
+        bits: float | None = None,
     ):
         self.builder = builder
         self.judge = judge
@@ -78,6 +81,8 @@ class Search:
         self._limit = deadline - time.monotonic()
         self._unlimited = unlimited
         self._glance = glance
+        self._bits = bits
+        self._forced: dict[tuple[str, str], float] | None = None
 
     # -- what a caller wants to know --------------------------------------------------------------------------------
 
@@ -85,6 +90,9 @@ class Search:
         """Digests of the trials within the budget, fastest by estimate first."""
         trials = self.trials.trials
         good = [(k, t) for k, t in trials.items() if t.within or (self._unlimited and not t.failed)]
+        if self._bits is not None:
+            # The float graph is within any budget of accuracy, and not within this size.
+            good = [(key, trial) for key, trial in good if trial.assignment]
         # Variants of one assignment save the same: then the more faithful one goes first.
         return [key for key, _ in sorted(good, key=lambda one: (-round(one[1].saved, 9), one[1].strain, one[0]))]
 
@@ -96,7 +104,7 @@ class Search:
             if not assignment:
                 self.built[key] = self.builder.build(scheme=FLOAT_SCHEME)
             else:
-                prices = {(n, s): -1.0 if assignment.get(n) == s else math.inf for n, s in self._saved}
+                prices = pricing.only(assignment, self._saved)
                 self.built[key] = self.builder.build(prices, learn=self.trials.trials[key].learned)
         return self.built[key]
 
@@ -114,8 +122,14 @@ class Search:
     def run(self) -> None:
         """Try assignments until the budget is met as closely as pays, or the time is up."""
         self._try_float()
+        if self._bits is not None:
+            self._forced = self._sized(self._bits)
         first = self._first()
-        if first is None or first.within or self._unlimited or self._late() or self._learn(first):
+        if first is None or self._bits is not None:
+            if first is not None and not self._late():
+                self._learn(first)
+            return
+        if first.within or self._unlimited or self._late() or self._learn(first):
             return
         # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
@@ -131,7 +145,8 @@ class Search:
             self.builder.variant = variant
             if best is not None and not self.builder.differs():
                 continue
-            trial = self._try(0.0, "fastest" if variant == self.builder.variants[0] else f"fastest, {variant}")
+            name = "fastest" if self._forced is None else f"{self._bits:g} bits"
+            trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", self._forced)
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant == "explicit" else 1.0
             if trial is None and self.builder.calibrated:
@@ -144,6 +159,13 @@ class Search:
         if best is not None:
             self.builder.variant = best.variant
         return best
+
+    def _sized(self, bits: float) -> dict[tuple[str, str], float]:
+        """Prices that leave the schemes only that lose least within `bits` for each weight on average."""
+        half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
+        self.noises.measure(len(self._saved), lambda: self._late() or time.monotonic() > half)
+        chosen = mixing.assign(self.builder.prepared, self.builder.rules(), self.noises.values(), bits)
+        return pricing.only(chosen, self._saved)
 
     def _key(self, assignment: Mapping[str, str], learned: bool = False) -> str:
         plain = not assignment or not self.builder.calibrated
@@ -170,7 +192,7 @@ class Search:
         if key not in self.trials.trials:
             self.progress("learning roundings", 0, 0)
             try:
-                built = self.builder.build(self._prices(0.0), learn=True)
+                built = self.builder.build(self._forced or self._prices(0.0), learn=True)
             except (QuantizationError, AuditError, ExecutionError):
                 return False
             self._judge(key, f"{first.name}, learned", built.assignment, built, learned=True)
@@ -235,6 +257,13 @@ class Search:
         for key in [key for key in self.built if key not in keep]:
             self.built.pop(key).staged.discard()
 
+    def _noise_at(self, price: float) -> float:
+        """By estimate, of the best assignment at a price."""
+        try:
+            return total(self.noises.values(), self.builder.assignment(self._prices(price)))
+        except NothingQuantizedError:
+            return 0.0
+
     def _narrow(self, first: Trial) -> None:
         """Bisect the price between the last that is outside the budget and the first that is within."""
         noises = self.noises.values()
@@ -246,7 +275,7 @@ class Search:
         for step in range(_STEPS):
             if self._late():
                 return
-            price = self._price_for(aim, fails, holds, unit)
+            price = pricing.between(aim, fails, holds, unit, self._noise_at)
             if price is None:
                 return
             trial = self._try(price, f"mixed {step + 1}")
@@ -268,26 +297,3 @@ class Search:
                 tried.add(key)
             if not math.isinf(holds) and fails > 0 and holds / fails < 1.1:
                 return
-
-    def _price_for(self, aim: float, fails: float, holds: float, unit: float) -> float | None:
-        """A price between `fails` and `holds` whose assignment has about the noise `aim`; None when none is."""
-        low = max(fails, unit * 1e-4)
-        high = holds if not math.isinf(holds) else unit * 1e6
-        if high / low < 1.05:
-            return None
-        if math.isinf(aim):
-            return math.sqrt(low * high)
-        noises = self.noises.values()
-        inner_low, inner_high = low, high
-        for _ in range(10):
-            middle = math.sqrt(inner_low * inner_high)
-            try:
-                noise = total(noises, self.builder.assignment(self._prices(middle)))
-            except NothingQuantizedError:
-                noise = 0.0
-            if noise > aim:
-                inner_low = middle
-            else:
-                inner_high = middle
-        # Kept away from the ends, which are known.
-        return min(max(inner_high, low * 1.02), high / 1.02)

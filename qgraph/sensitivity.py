@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.calibration import CHANNELS, SAMPLE
-from qgraph.formats import UINT8
+from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
 from qgraph.rules import Rules
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
@@ -113,8 +113,8 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
     assert weight is not None
     rows = sample.reshape(len(sample), -1)
     if kernel.form is Form.WEIGHTS and isinstance(spec.granularity, PerBlock):
-        # The operator rounds rows in blocks just as the weights are.
-        along = dataclasses.replace(spec, granularity=PerBlock(1, spec.granularity.size))
+        # The operator rounds rows in blocks as long as those of the weights, to eight bits whatever theirs are.
+        along = QuantSpec(Int(8, narrow=True), PerBlock(1, spec.granularity.size), symmetric=True)
         noisy = fake_quantize(rows, of_blocks(rows, along))
         matrix, rounded = _matrix(node, weight), _matrix(node, fake_quantize(weight, of_blocks(weight, spec)))
     else:

@@ -25,6 +25,7 @@ __all__ = [
     "QPARAMS",
     "REASON",
     "SPEC",
+    "WEIGHTS",
     "Form",
     "Kernel",
     "Output",
@@ -43,6 +44,10 @@ ABSORBED = "qgraph.absorbed"
 """Key in `Node.meta` of a Relu or Clip: name of the node whose quantizer does its work."""
 REASON = "qgraph.reason"
 """Key in `Node.meta`: why the node stays in float."""
+
+
+WEIGHTS = "weights"
+"""Name of the scheme in which each weight has as few bits as it bears, and activations stay in float."""
 
 
 def annotated(graph: ir.Graph) -> list[ir.Value]:

@@ -17,7 +17,7 @@ from qgraph.errors import OptionError
 from qgraph.formats import INT8, UINT2, UINT4, UINT8, Format, Int
 from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_costs, cpu_kernels
-from qgraph.targets.base import Kernel, Refusal, Target
+from qgraph.targets.base import WEIGHTS, Kernel, Refusal, Target
 
 __all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
 
@@ -44,6 +44,7 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
         "int8-dynamic": dynamic,
         "int8-weights": blocks,
         **{one.name: one for one in few},
+        WEIGHTS: Mixture(WEIGHTS, (blocks, *few)),
         "fp32": Mixture("fp32", (), "float"),
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -28,6 +28,8 @@ __all__ = ["Feeds", "KernelTime", "Session", "SessionOptions", "max_ir_version",
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 
+_DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
+"""Where the values of a provider lie, if not in the host's memory."""
 _LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -86,11 +88,13 @@ class KernelTime:
         node: name in the runtime's optimized graph.
         op_type: operator of the kernel.
         seconds: median over the runs.
+        provider: execution provider that ran it.
     """
 
     node: str
     op_type: str
     seconds: float
+    provider: str = ""
 
 
 class Session:
@@ -108,6 +112,9 @@ class Session:
             ExecutionError: the runtime refuses the model; carries the runtime's own words.
         """
         self._options = options or SessionOptions()
+        if _DEVICES.get(self._options.providers[0]) == "cuda" and hasattr(ort, "preload_dlls"):
+            # CUDA's libraries may have come as packages of their own, which no loader's path names.
+            ort.preload_dlls()
         missing = set(self._options.providers) - set(ort.get_available_providers())
         if missing:
             raise ExecutionError(f"The installed onnxruntime {ort.__version__} has no provider {sorted(missing)}.")
@@ -149,18 +156,40 @@ class Session:
         """Run and drop the results: the least overhead around a measurement."""
         self._session.run(None, feeds)
 
+    def caller(self, feeds: Feeds) -> Callable[[], None]:
+        """A run for the clock. On a device with memory of its own, inputs lie there and outputs stay there."""
+        device = _DEVICES.get(self._options.providers[0])
+        if device is None:
+            return lambda: self.call(feeds)
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0))
+        for name in self.outputs:
+            binding.bind_output(name, device)
+        binding.synchronize_inputs()
+
+        def run() -> None:
+            self._session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+
+        return run
+
+    def types(self) -> dict[str, tuple[str, list[int | str | None]]]:
+        """Type in the runtime's words, as `tensor(float)`, and shape of each output; free dimensions by name or None."""
+        return {one.name: (one.type, list(one.shape)) for one in self._session.get_outputs()}
+
     def profile(self) -> list[KernelTime]:
         """End profiling and return each node's median time, in order of first execution."""
         path = Path(self._session.end_profiling())
         events = json.loads(path.read_text())
         path.unlink()
-        times: dict[tuple[str, str], list[float]] = {}
+        times: dict[tuple[str, str, str], list[float]] = {}
         for event in events:
             name, args = event.get("name", ""), event.get("args", {})
             if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-                key = (name.removesuffix("_kernel_time"), args.get("op_name", ""))
+                key = (name.removesuffix("_kernel_time"), args.get("op_name", ""), args.get("provider", ""))
                 times.setdefault(key, []).append(event["dur"] * 1e-6)
-        return [KernelTime(node, op, float(np.median(seen))) for (node, op), seen in times.items()]
+        return [KernelTime(node, op, float(np.median(seen)), where) for (node, op, where), seen in times.items()]
 
     def close(self) -> None:
         """Free the session."""

@@ -2,62 +2,90 @@
 
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
+from qgraph.passes.block_bias import BlockBias
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.equalize import Equalize
+from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
 from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
 from qgraph.passes.fuse_rotary import FuseRotary
+from qgraph.passes.fuse_transpose import FuseTranspose
 from qgraph.passes.group_heads import GroupHeads
+from qgraph.passes.infer_types import InferTypes
 from qgraph.passes.insert_blocks import InsertBlocks
 from qgraph.passes.insert_dynamic import InsertDynamic
 from qgraph.passes.insert_dynamic_lstm import InsertDynamicLSTM
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.insert_rows import InsertRows
+from qgraph.passes.insert_stored import InsertStored
 from qgraph.passes.join_bias import JoinBias
+from qgraph.passes.join_products import JoinProducts
+from qgraph.passes.mask_rows import MaskRows
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_transpose import PlainTranspose
+from qgraph.passes.quantize_cache import QuantizeCache
+from qgraph.passes.raise_level import RaiseLevel
 from qgraph.passes.recognize import Recognize
 from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
+from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.survey import Survey
+from qgraph.passes.survey_cache import SurveyCache
+from qgraph.passes.tie_head import TieHead
+from qgraph.passes.to_half import ToHalf
 
 __all__ = [
     "Annotate",
     "BiasForm",
+    "BlockBias",
     "Calibrate",
     "CalibrateWeights",
     "Canonicalize",
     "CorrectBias",
     "Equalize",
+    "FindTernary",
     "FitRanges",
     "FoldShapes",
     "FoldWeights",
     "FuseLayers",
     "FuseRotary",
+    "FuseTranspose",
     "GroupHeads",
+    "InferTypes",
     "InsertBlocks",
     "InsertDynamic",
     "InsertDynamicLSTM",
     "InsertObservers",
     "InsertQDQ",
     "InsertRows",
+    "InsertStored",
     "JoinBias",
+    "JoinProducts",
+    "MaskRows",
     "MeasureShapes",
     "NanGuard",
+    "PackTernary",
     "PlainTranspose",
+    "QuantizeCache",
+    "RaiseLevel",
     "Recognize",
     "RecognizeNorm",
     "ResidualNorm",
+    "RoundBlocks",
     "RoundWeights",
     "Smooth",
     "Survey",
+    "SurveyCache",
+    "TieHead",
+    "ToHalf",
 ]

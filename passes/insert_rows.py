@@ -6,6 +6,8 @@ whole table at every run.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,13 @@ from onnx_ir.passes import common
 from qgraph import graph, weights
 from qgraph.qparams import from_range, quantize
 from qgraph.spec import PerAxis, QuantSpec
+from qgraph.strips import Strips
 from qgraph.targets import KERNEL, REASON, Form, Kernel
 
 __all__ = ["InsertRows"]
+
+_WINDOW = 1 << 21
+"""Bytes of float rows that a core has in hand at once."""
 
 
 class InsertRows(ir.passes.InPlacePass):
@@ -85,19 +91,30 @@ def _node(
 
 
 def _quantized(main: ir.Graph, table: ir.Value, spec: QuantSpec, names: set[str]) -> tuple[ir.Value, ir.Value]:
-    """[rows, ...] -> codes of that shape, scales [rows, 1, ...]."""
-    array = graph.constant(table)
-    assert array is not None
-    rows = array.reshape(len(array), -1)
-    params = from_range(rows.min(axis=1), rows.max(axis=1), QuantSpec(spec.format, PerAxis(0), symmetric=True))
-    shape = tuple(array.shape)
-    del array, rows
-    graph.release(table)
-
-    def codes(array: NDArray[Any]) -> NDArray[Any]:
-        return quantize(array.reshape(shape[0], -1), params).reshape(shape)
-
+    """[rows, columns] -> codes of that shape, scales [rows, 1]; evaluated as the file is written."""
+    shape = graph.run_shape(table) or (0, 0)
+    source = weights.Shared(table, lambda rows: _rounded(rows, spec))
     base = str(table.name)
-    made = weights.derived(main, table, codes, spec.format.storage, shape, graph.fresh_name(f"{base}_quantized", names))
-    scale = np.asarray(params.scale, np.float32).reshape(-1, *[1] * (len(shape) - 1))
-    return made, graph.add_initializer(main, ir.Tensor(scale), graph.fresh_name(f"{base}_row_scale", names))
+
+    def part(name: str, number: int, dtype: ir.DataType, *shape: int) -> ir.Value:
+        return source.part(main, lambda made: made[number], dtype, shape, graph.fresh_name(f"{base}_{name}", names))
+
+    return part("quantized", 0, spec.format.storage, *shape), part("row_scale", 1, ir.DataType.FLOAT, shape[0], 1)
+
+
+def _rounded(table: Strips, spec: QuantSpec) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Codes and scales, a window of rows at a time."""
+    count, width = table.shape
+    codes, scale = np.empty((count, width), spec.format.storage.numpy()), np.empty((count, 1), np.float32)
+    step = max(1, _WINDOW // (4 * max(1, width)))
+
+    def part(start: int) -> None:
+        here = slice(start, start + step)
+        rows = table.window(here)
+        params = from_range(rows.min(axis=1), rows.max(axis=1), QuantSpec(spec.format, PerAxis(0), symmetric=True))
+        codes[here], scale[here, 0] = quantize(rows, params), params.scale
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for _ in threads.map(part, range(0, count, step)):
+            pass
+    return codes, scale

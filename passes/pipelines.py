@@ -7,44 +7,59 @@ import dataclasses
 import onnx_ir as ir
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
+from qgraph.passes.block_bias import BlockBias
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.equalize import Equalize
+from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
 from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
 from qgraph.passes.fuse_rotary import FuseRotary
+from qgraph.passes.fuse_transpose import FuseTranspose
 from qgraph.passes.group_heads import GroupHeads
+from qgraph.passes.infer_types import InferTypes
 from qgraph.passes.insert_blocks import InsertBlocks
 from qgraph.passes.insert_dynamic import InsertDynamic
 from qgraph.passes.insert_dynamic_lstm import InsertDynamicLSTM
 from qgraph.passes.insert_observers import InsertObservers
 from qgraph.passes.insert_qdq import InsertQDQ
 from qgraph.passes.insert_rows import InsertRows
+from qgraph.passes.insert_stored import InsertStored
 from qgraph.passes.join_bias import JoinBias
+from qgraph.passes.join_products import JoinProducts
+from qgraph.passes.mask_rows import MaskRows
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_transpose import PlainTranspose
+from qgraph.passes.quantize_cache import QuantizeCache
+from qgraph.passes.raise_level import RaiseLevel
 from qgraph.passes.recognize import Recognize
 from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
+from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.survey import Survey
+from qgraph.passes.survey_cache import SurveyCache
+from qgraph.passes.tie_head import TieHead
+from qgraph.passes.to_half import ToHalf
 
 from qgraph.errors import OptionError
 from qgraph.pipeline import Context, Pipeline
-from qgraph.spec import Mixture
+from qgraph.spec import Mixture, Scheme
 
 __all__ = ["assign", "float_only", "plan", "prepare", "quantize", "scale", "static", "survey", "write"]
 
 
 def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
-    return Pipeline(*_rewrite(context), progress=context.progress)
+    cache = [] if context.cache is None else [*_measure(context), *_cache(context)]
+    return Pipeline(*_rewrite(context), *cache, progress=context.progress)
 
 
 def plan(context: Context) -> Pipeline:
@@ -102,6 +117,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
     """The same numbers in the graph that the target likes."""
     return [
         Canonicalize(context.target.min_opset),
+        InferTypes(),
         FuseLayers(),
         FoldShapes(),
         Recognize(context.target),
@@ -109,16 +125,24 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         FuseRotary(context.target),
         NanGuard(),
         PlainTranspose(),
+        FuseTranspose(context.target),
+        TieHead(context.target),
         FoldShapes(),
         GroupHeads(),
+        MaskRows(),
         BiasForm(),
         ResidualNorm(context.target),
+        RaiseLevel(context.target),
+        FindTernary(),
     ]
 
 
 def _measure(context: Context) -> list[ir.passes.PassBase]:
     """Sizes, by which kernels are priced."""
-    return [] if context.data is None else [MeasureShapes(context.data, context.folder)]
+    if context.data is None:
+        return []
+    shapes = MeasureShapes(context.data, context.folder)
+    return [shapes] if context.cache is None else [shapes, SurveyCache(context.data, context.folder, context.budget)]
 
 
 def _survey(context: Context) -> list[ir.passes.PassBase]:
@@ -128,8 +152,21 @@ def _survey(context: Context) -> list[ir.passes.PassBase]:
     return [Survey(context.data, context.folder, context.budget, context.progress)]
 
 
+def _only_weights(context: Context) -> bool:
+    """Whether activations stay in float, whatever is chosen."""
+    parts = context.scheme.parts
+    return bool(parts) and all(part.activation is None for part in parts)
+
+
+def _fewest(context: Context) -> Scheme:
+    """The scheme with the fewest bits, which leaves the largest errors."""
+    return min(context.scheme.parts, key=lambda part: part.bits)
+
+
 def _scale(context: Context) -> list[ir.passes.PassBase]:
     """Numbers that are easier to quantize; in float they stay equal."""
+    if context.data is not None and _only_weights(context) and context.smoothing != "none":
+        return [Smooth(context.target, _fewest(context), explicit=False, least=0.5)]
     static = next((part for part in context.scheme.parts if part.static), None)
     # Ranges that are saved are those of the model itself.
     saved = context.ranges is not None or context.save_ranges is not None
@@ -137,6 +174,11 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
         return []
     explicit = context.smoothing == "explicit"
     return [Equalize(context.target, static), Smooth(context.target, static, explicit)]
+
+
+def _cache(context: Context) -> list[ir.passes.PassBase]:
+    """Caches of keys and values in integers."""
+    return [] if context.cache is None else [QuantizeCache(context.cache)]
 
 
 def _annotate(context: Context) -> list[ir.passes.PassBase]:
@@ -169,6 +211,17 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
         observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if context.learn else [])]
         learn = [RoundWeights(*data, context.progress, context.codes)] if context.learn else []
+        if context.learn or _only_weights(context):
+            learn += [
+                RoundBlocks(
+                    context.data,
+                    (InsertBlocks(), InsertRows()),
+                    *data[1:],
+                    context.progress,
+                    context.blocks,
+                    deadline=context.deadline,
+                )
+            ]
     return [
         *observe,
         CalibrateWeights(),
@@ -178,7 +231,21 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         InsertDynamic(),
         InsertDynamicLSTM(),
         InsertBlocks(),
+        *([PackTernary()] if context.pack else []),
         InsertRows(),
+        InsertStored(),
         FoldWeights(),
         JoinBias(context.target),
+        BlockBias(),
+        JoinProducts(),
+        *_cache(context),
+        *_half(context),
     ]
+
+
+def _half(context: Context) -> list[ir.passes.PassBase]:
+    """Floats of 16 bits where the target computes in them, but for what was planned to stay as it is."""
+    if context.target.half is None or not context.scheme.parts:
+        return []
+    data = (context.data, context.folder, context.budget)
+    return [ToHalf(context.target.half, None, True, *data, planned=True)]

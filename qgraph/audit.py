@@ -15,9 +15,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.session import Session
-from qgraph.targets import KERNEL, Kernel, Target
+from qgraph.targets import FOLDED, KERNEL, Form, Kernel, Target
 
-__all__ = ["Audit", "Plan", "audit", "original_name", "plan_of"]
+__all__ = ["Audit", "Plan", "audit", "compare", "original_name", "plan_of"]
 
 _INTEGER_KERNELS = ("QLinear", "QGemm", "MatMulInteger", "DynamicQuantize", "QAttention")
 _OURS = ("QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger")
@@ -33,6 +33,7 @@ class Plan:
         movers: those that merely move codes, and may be optimized away.
         plain: those whose integer form has the name of the float operator, so that its inputs must tell.
         floats: names of the nodes that must stay in float.
+        folded: node that must be gone, since it is computed as the model is loaded -> node that reads what it makes.
         given: constants that were behind a DequantizeLinear already, for nobody's planned kernel.
     """
 
@@ -41,6 +42,7 @@ class Plan:
     plain: frozenset[str] = frozenset()
     floats: frozenset[str] = frozenset()
     given: frozenset[str] = frozenset()
+    folded: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +87,15 @@ def plan_of(model: ir.Model) -> Plan:
     floats: set[str] = set()
     given: set[str] = set()
     theirs: set[str] = set()
+    folded: dict[str, str] = {}
     for node in model.graph:
         kernel: Kernel | None = node.meta.get(KERNEL)
-        if kernel is not None and node.name:
+        if FOLDED in node.meta:
+            folded[str(node.name)] = str(node.meta[FOLDED])
+        elif kernel is not None and kernel.form in (Form.STORED, Form.HALF):
+            # It is the float operator, which the runtime may fuse as it likes.
+            continue
+        elif kernel is not None and node.name:
             operators[node.name] = kernel.operators
             if kernel.shares:
                 movers.add(node.name)
@@ -102,7 +110,7 @@ def plan_of(model: ir.Model) -> Plan:
             floats.add(node.name)
     # Without a plan no quantizer is ours, and none can draw a float node into integers.
     floats = floats - theirs if operators else set[str]()
-    return Plan(operators, frozenset(movers), frozenset(plain), frozenset(floats), frozenset(given))
+    return Plan(operators, frozenset(movers), frozenset(plain), frozenset(floats), frozenset(given), folded)
 
 
 def audit(path: Path, plan: Plan, target: Target) -> Audit:
@@ -114,15 +122,16 @@ def audit(path: Path, plan: Plan, target: Target) -> Audit:
     with tempfile.TemporaryDirectory(prefix="qgraph-audit-") as folder:
         optimized = Path(folder) / "optimized.onnx"
         Session(path, dataclasses.replace(target.options(), optimized=optimized)).close()
-        return _compare(ir.load(optimized), plan)
+        return compare(ir.load(optimized), plan)
 
 
-def _compare(model: ir.Model, plan: Plan) -> Audit:
+def compare(model: ir.Model, plan: Plan) -> Audit:
+    """What the runtime's optimized graph has of the plan."""
     found: dict[str, ir.Node] = {}
     for node in model.graph.all_nodes():
         name = node.name or ""
         for candidate in (name, original_name(name)):
-            if candidate in plan.operators or candidate in plan.floats:
+            if candidate in plan.operators or candidate in plan.floats or candidate in plan.folded:
                 found.setdefault(candidate, node)
     kernels: dict[str, str] = {}
     problems: dict[str, str] = {}
@@ -142,6 +151,9 @@ def _compare(model: ir.Model, plan: Plan) -> Audit:
     for name in sorted(plan.floats):
         if name in found and found[name].op_type.startswith(_INTEGER_KERNELS):
             problems[name] = f"was to stay in float, but runs as {found[name].op_type}"
+    for name, reader in plan.folded.items():
+        if name in found:
+            problems[reader] = f"its weight is not brought back at load, but by {found[name].op_type} at every run"
     unfused: dict[str, list[str]] = {}
     for node in model.graph:
         source = node.inputs[0] if node.op_type == "DequantizeLinear" else None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.qparams import QParams, from_range
-from qgraph.spec import PerAxis, QuantSpec
+from qgraph.spec import PerAxis, PerBlock, QuantSpec
 
 __all__ = ["Balance", "Reader", "search"]
 
@@ -32,6 +32,8 @@ _SAMPLES, _COLUMNS = 128, 192
 _ROWS = 64
 """Rows of the sample on which the range of activations is chosen."""
 _POWERS = (0.5, 0.7, 0.85, 1.0)
+_GENTLE_POWERS = (0.25, 0.5, 0.75, 1.0)
+"""Where only weights are quantized."""
 _QUANTILES = (0.0, 0.5, 0.9, 0.99)
 _WEIGHT_POWERS = (0.0, 0.5)
 _REFINED = ((0.08, 0.0, 0.0), (0.0, 0.04, 0.0), (0.0, 0.0, 0.2))
@@ -64,8 +66,8 @@ class Reader:
         weight: QuantSpec,
         relative: bool,
     ):
-        self.node, self.index = node, index
-        self._activation, self._weight = activation, weight
+        self.node, self.index, self.activation = node, index, activation
+        self._weight = weight
         self._low, self._high = bounds
         self._groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
         # As [samples, channels, taps] and [made, channels in a group, taps], whatever the layer.
@@ -93,7 +95,12 @@ class Reader:
 
     @property
     def magnitudes(self) -> Array:
-        """Largest magnitude of each input channel over all the data, [channels]."""
+        """Size of each input channel, [channels]: the largest over all the data, which a quantized input must hold.
+
+        Where only weights are quantized their errors count by the power of what they multiply.
+        """
+        if self.activation is None:
+            return np.asarray(np.sqrt(np.square(self._sample).mean(axis=(0, 2))))
         return np.asarray(np.maximum(np.abs(self._low), np.abs(self._high)))
 
     @property
@@ -114,12 +121,19 @@ class Reader:
         """Noise over signal at the output when the group's channels have these factors."""
         factors = scale[self.index].astype(np.float32)
         x = self._sample / factors[:, None]
-        if self._activation is not None:
-            _quantize(x, float((self._low / factors).min()), float((self._high / factors).max()), self._activation)
+        if self.activation is not None:
+            _quantize(x, float((self._low / factors).min()), float((self._high / factors).max()), self.activation)
         rows = np.repeat(factors.reshape(self._groups, -1), len(self._weights) // self._groups, axis=0)
         w = self._weights * rows[:, :, None]
-        axes = (1, 2) if isinstance(self._weight.granularity, PerAxis) else None
-        _round(w, from_range(w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True), self._weight))
+        if isinstance(self._weight.granularity, PerBlock):
+            size = self._weight.granularity.size
+            short = -w.shape[1] % size
+            w = np.pad(w, ((0, 0), (0, short), (0, 0))).reshape(len(w), -1, size)
+            _round(w, from_range(w.min(axis=2, keepdims=True), w.max(axis=2, keepdims=True), self._weight))
+            w = w.reshape(len(w), -1, 1)[:, : self._weights.shape[1]]
+        else:
+            axes = (1, 2) if isinstance(self._weight.granularity, PerAxis) else None
+            _round(w, from_range(w.min(axis=axes, keepdims=True), w.max(axis=axes, keepdims=True), self._weight))
         found = self._product(x, w)
         if self._biased:
             # What the weights' rounding adds on average is taken out of the bias later.
@@ -209,7 +223,8 @@ def search(readers: list[Reader], free: NDArray[np.bool_]) -> Balance:
             tried[point] = _error(readers, family.scale(*point))
         return tried[point]
 
-    best = min(itertools.product(_POWERS, _QUANTILES, _WEIGHT_POWERS[:1]), key=loss)
+    powers = _GENTLE_POWERS if all(reader.activation is None for reader in readers) else _POWERS
+    best = min(itertools.product(powers, _QUANTILES, _WEIGHT_POWERS[:1]), key=loss)
     best = min(((best[0], best[1], power) for power in _WEIGHT_POWERS), key=loss)
     for step in _REFINED:
         for sign in (1, -1):

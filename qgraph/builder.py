@@ -21,7 +21,7 @@ from qgraph.pipeline import Context
 from qgraph.report import NodeReport, Step
 from qgraph.rules import FLOAT, Prices, Rules
 from qgraph.spec import Mixture, Scheme
-from qgraph.targets import KERNEL, REASON, Form, Kernel
+from qgraph.targets import KERNEL, REASON, Form, Kernel, Target
 
 __all__ = ["VARIANTS", "Builder", "Built", "digest"]
 
@@ -54,6 +54,12 @@ class Built:
     def runnable(self) -> Runnable:
         """What sessions are made of."""
         return Runnable(self.staged.path)
+
+    @property
+    def stored(self) -> bool:
+        """Whether only the file is smaller: all that is planned are weights brought back at load, as was audited."""
+        forms = {node.meta[KERNEL].form for node in self.model.graph if KERNEL in node.meta}
+        return forms == {Form.STORED}
 
     @property
     def schemes(self) -> dict[str, int]:
@@ -90,7 +96,7 @@ class Builder:
         progress: Callable[[str, int, int], None],
     ):
         self.original = model
-        self.context = dataclasses.replace(context, store={}, codes={}, progress=progress)
+        self.context = dataclasses.replace(context, store={}, codes={}, blocks={}, progress=progress)
         self.workspace = workspace
         self.output = output
         self.external = external
@@ -101,12 +107,17 @@ class Builder:
         saved = context.ranges is not None or context.save_ranges is not None
         # Ranges that are saved are those of the model itself.
         self.variants: tuple[str, ...] = VARIANTS if self.calibrated and not saved else ("none",)
+        parts = context.scheme.parts
+        if context.data is not None and parts and all(part.activation is None for part in parts):
+            # Of weights alone the error is known without a trial: what is folded is better.
+            self.variants = ("folded",)
         self.variant = self.variants[0]
         self._surveyed: ir.Model | None = None
         self._survey_steps: list[Step] = []
         self._variants: dict[str, tuple[ir.Model, list[Step], Context]] = {}
         self._changed: dict[str, bool] = {}
         self.unfollowed: list[str] = []
+        self.audit: Callable[[Path, audit.Plan, Target], audit.Audit] = audit.audit
 
     @property
     def prepared(self) -> ir.Model:
@@ -166,7 +177,7 @@ class Builder:
             self._surveyed = pipeline(self.original.clone()).model
             self._survey_steps = pipeline.steps
         if self.variant not in self._variants:
-            context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={})
+            context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={}, blocks={})
             model, steps = self._surveyed.clone(), self._survey_steps
             if self.variant != "none":
                 pipeline = registry.pipeline("scale")(context)
@@ -215,7 +226,7 @@ class Builder:
             self.progress("auditing", 0, 0)
             plan = audit.plan_of(model)
             try:
-                found = audit.audit(staged.path, plan, self.context.target)
+                found = self.audit(staged.path, plan, self.context.target)
             except BaseException:
                 staged.discard()
                 raise
@@ -282,5 +293,6 @@ def _assignment(model: ir.Model) -> dict[str, str]:
     for node in model.graph:
         kernel: Kernel | None = node.meta.get(KERNEL)
         if kernel is not None and node.name:
-            found[node.name] = kernel.scheme
+            for name in graph.planned_names(node):
+                found[name] = kernel.scheme
     return found

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import qgraph
 from qgraph import bench as timing
-from qgraph import config, html, inspection, modelio, observers, ranking, registry, terminal
+from qgraph import checks, config, html, inspection, modelio, observers, ranking, registry, terminal
 from qgraph import data as sources
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
@@ -96,7 +96,10 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
 @_common
 @click.option("--scheme", default="auto", show_default=True, help="The numbers to use; see `qgraph targets`.")
 @click.option("--max-loss", help="What the metric may lose: 1% of its value, or 0.5 points.  [default: 1%]")
-@click.option("--metric", help="cosine, agreement, top1, top5 (these two need labels), or package.module:function.")
+@click.option(
+    "--metric",
+    help="cosine, agreement, kl, bits, perplexity, top1, top5 (which need labels), or package.module:function.",
+)
 @click.option("--min-sqnr", type=float, metavar="DB", help="Least signal to noise ratio of the worst output.")
 @click.option("--min-cosine", type=float, help="Least mean cosine similarity of the worst output.")
 @click.option("--min-agreement", type=float, help="Least share of samples with the same largest element.")
@@ -132,6 +135,12 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
     type=click.FloatRange(0),
     help="Time to measure speed, for each candidate and number of threads; 0 to skip.",
 )
+@click.option(
+    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values cached so; inputs and outputs change type."
+)
+@click.option("--pack", is_flag=True, help="Ternary weights in 1.6 bits on disk, binary in 1; unpacked at load.")
+@click.option("--check", type=click.Choice(checks.CHECKS),
+              help="What to prove: parts needs little memory, none proves nothing.  [default: what fits]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Write the result even if it is slower, or outside the budget.")
 @click.option(
     "--report",

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph
+from qgraph.caches import translated
 from qgraph.data import Batch, Dataset
 from qgraph.errors import DataError
 from qgraph.report import Fidelity, Layer, OutputError
@@ -34,8 +35,8 @@ class Runnable:
     folder: Path | None = None
 
     def session(self, options: SessionOptions) -> Session:
-        """Load it."""
-        return Session(self.model, options, self.folder)
+        """Load it; caches in integers are given and returned as floats."""
+        return translated(Session(self.model, options, self.folder), self.model)
 
 
 class _Error:
@@ -252,7 +253,7 @@ def layer_errors(
         expected = session.run(feeds)
     probe.graph.outputs.clear()
     probe.graph.outputs.extend(pairs[name] for name in names)
-    with Session(probe, options, folder) as session:
+    with translated(Session(probe, options, folder), probe) as session:
         results = session.run(feeds)
     layers: list[Layer] = []
     for name in names:

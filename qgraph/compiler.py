@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qgraph import modelio
+from qgraph import checks, modelio, unproved
 from qgraph.data import DataSource
 from qgraph.errors import unknown
 from qgraph.job import Job, Progress
@@ -68,7 +69,7 @@ def optimize(
     workspace = modelio.Workspace(output)
     try:
         job = Job(model, output, options, workspace, progress or _silent)
-        staged = job.run(data, evaluation)
+        staged = (job.run if job.check == checks.WHOLE else functools.partial(unproved.run, job))(data, evaluation)
         if output is not None:
             staged.commit()
         result = Result(modelio.read(output or staged.path), job.report)

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qgraph import datafiles, errors, named
+from qgraph.decoding import Decoder
 from qgraph.errors import DataError, QGraphError, first_line
 from qgraph.feeds import Batch, InputSpec, checked, inputs_of
 
@@ -29,12 +30,15 @@ class Dataset:
 
     Attributes:
         label: where the data comes from, for messages.
+        filled: inputs that the source lacks and that follow from token ids, as far as it was read.
     """
 
     def __init__(self, source: Callable[[], Iterator[Batch]], label: str, inputs: list[InputSpec]):
         self._source = source
         self.label = label
         self.inputs = inputs
+        self.filled: set[str] = set()
+        self.decoder = Decoder.of(inputs)
         self._only: frozenset[bytes] | None = None
         self._without: frozenset[bytes] = frozenset()
         self._summary: tuple[int, int, Batch] | None = None
@@ -42,7 +46,7 @@ class Dataset:
     def __iter__(self) -> Iterator[Batch]:
         found = False
         for raw in self._source():
-            batch = checked(raw, self.inputs)
+            batch = checked(self._completed(raw), self.inputs)
             if self._only is not None or self._without:
                 digest = batch.digest
                 if digest in self._without or (self._only is not None and digest not in self._only):
@@ -51,6 +55,13 @@ class Dataset:
             yield batch
         if not found:
             raise DataError(f"There is no data in {self.label}: at least one sample is needed.")
+
+    def _completed(self, raw: Batch) -> Batch:
+        if self.decoder is None:
+            return raw
+        feeds = self.decoder.complete(raw.feeds)
+        self.filled |= feeds.keys() - raw.feeds.keys()
+        return Batch(raw.name, feeds, raw.labels)
 
     def _summarize(self) -> tuple[int, int, Batch]:
         """(number of batches, bytes of the largest, the batch with the smallest hash), found in one pass."""
@@ -69,6 +80,11 @@ class Dataset:
     def first(self) -> Batch:
         """The batch with the smallest hash: the same one in whatever order the data comes."""
         return self._summarize()[2]
+
+    def typical(self) -> dict[str, Any]:
+        """Feeds to time with: the first batch, or of a decoder with a cache one step of generation like it."""
+        feeds = self.first().feeds
+        return feeds if self.decoder is None else self.decoder.step(feeds)
 
     @property
     def largest(self) -> int:

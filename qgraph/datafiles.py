@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph.decoding import Decoder
 from qgraph.errors import DataError, first_line
 from qgraph.feeds import LABELS, Batch, InputSpec, check_names
 
@@ -72,7 +73,11 @@ def _from_arrays(path: Path, inputs: list[InputSpec]) -> Iterator[Batch]:
     """Samples along axis 0, as many a run as the model's batch size: one where it is free."""
     try:
         with contextlib.ExitStack() as stack:
-            members = _members(path, inputs, stack)
+            decoder = Decoder.of(inputs)
+            optional = decoder.optional if decoder is not None else set[str]()
+            needed = [spec for spec in inputs if spec.name not in optional]
+            members = _members(path, needed if path.suffix == ".npy" else inputs, stack)
+            inputs = [spec for spec in inputs if spec.name in members or spec in needed]
             check_names(path.name, members, inputs)
             yield from _sliced(path.name, members, inputs)
     except UNREADABLE as error:

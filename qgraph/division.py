@@ -21,6 +21,15 @@ _RANDOM = (
     "was calibrated. With a few dozen typical inputs (--data) static int8 comes into question: faster kernels, "
     "convolutions among them, and a loss that is measured."
 )
+_RANDOM_STEPS = (
+    "Without data the model was compared on random tokens: a prompt, and steps after a random cache. That says little "
+    "about text: predictions of noise are vague, and what blurs them is not seen. Token ids (--data) tell the loss."
+)
+_FILLED = "The data has token ids without {}: each sample was taken as a prompt with nothing before it."
+_STEPS = (
+    "Times are those of generation: one token after {past} others, batch {batch}. A prompt's many tokens at once gain "
+    "less from small weights."
+)
 _FEW = "There are too few samples to hold some back: the comparison ran on the calibration data itself."
 
 
@@ -62,14 +71,32 @@ def divide(model: ir.Model, source: DataSource | None, evaluation: DataSource | 
     tested = data.load(evaluation, inputs) if evaluation is not None else None
     if source is None:
         if tested is not None:
-            return Parts(None, tested, None, True)
-        return Parts(None, data.load(lambda: synthetic(model), inputs), None, True, _RANDOM)
+            return Parts(None, tested, None, True, _of_decoder(tested))
+        made_up = data.load(lambda: synthetic(model), inputs)
+        note = _RANDOM if made_up.decoder is None else f"{_RANDOM_STEPS} {_of_decoder(made_up)}"
+        return Parts(None, made_up, None, True, note)
     given = data.load(source, inputs)
     needs_labels = any(limit.metric.needs_labels for limit in limits)
     if tested is not None and needs_labels and given.first().labels is None:
-        return Parts(given, tested, None, True)
+        return Parts(given, tested, None, True, _of_decoder(given))
     count = given.count()
     calibrate, held = given.split(max(_HELD_BACK, _ENOUGH / count) if count >= 5 * _ENOUGH else _HELD_BACK)
     if held is None:
-        return Parts(given, given, tested, False, "" if tested is not None else _FEW)
-    return Parts(calibrate, held, tested, True)
+        words = "" if tested is not None else _FEW
+        return Parts(given, given, tested, False, f"{words} {_of_decoder(given)}".strip())
+    return Parts(calibrate, held, tested, True, _of_decoder(given))
+
+
+def _of_decoder(dataset: Dataset) -> str:
+    """What the user of a decoder with a cache should know: what was made up, and what is timed."""
+    decoder = dataset.decoder
+    if decoder is None:
+        return ""
+    step = dataset.typical()
+    batch, new = step[decoder.ids.name].shape
+    words = _STEPS.format(past=decoder.past(step), batch=batch) if new == 1 else ""
+    # Caches count as one.
+    names = [decoder.caches[0].name.split(".")[0] if n in decoder.cache_names else n for n in sorted(dataset.filled)]
+    if names:
+        words = f"{_FILLED.format(', '.join(dict.fromkeys(names)))} {words}"
+    return words.strip()

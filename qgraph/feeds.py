@@ -14,11 +14,21 @@ from numpy.typing import NDArray
 from qgraph import errors
 from qgraph.errors import DataError
 
-__all__ = ["LABELS", "Batch", "InputSpec", "check_names", "checked", "inputs_of"]
+__all__ = ["IDS", "LABELS", "Batch", "InputSpec", "check_names", "checked", "ids_name", "inputs_of"]
 
 
 LABELS = "labels"
 """Name under which data may bring the right answers, for metrics; models never see them."""
+IDS = "input_ids"
+"""What token ids are called everywhere."""
+
+
+def ids_name(inputs: Mapping[str, tuple[np.dtype[Any], tuple[int | None, ...] | None]]) -> str | None:
+    """Which of the inputs, name -> (type, shape), are token ids [batch, positions]; None for none."""
+    whole = [name for name, (kind, shape) in inputs.items() if kind.kind in "iu" and len(shape or ()) == 2]
+    others = ("mask", "position", "type", "segment", "length")
+    found = [name for name in whole if not any(word in name.lower() for word in others)]
+    return IDS if IDS in found else next((n for n in found if "id" in n.lower() or "token" in n.lower()), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +64,21 @@ class Batch:
 
         What a model says at hidden positions (padding) means nothing, so neither ranges nor errors are taken there.
         """
+        ids = self.ids
         for name, array in self.feeds.items():
             if "mask" in name.lower() and array.ndim == 2 and array.dtype.kind in "iufb":
                 seen = array != 0
                 if np.isin(array, (0, 1)).all() and seen.any(axis=1).all() and not seen.all():
-                    return np.asarray(seen)
+                    # A mask over a cache is longer than the new tokens, which are its end.
+                    new = ids.shape[1] if ids is not None and len(ids) == len(array) else array.shape[1]
+                    return None if seen[:, -new:].all() else np.asarray(seen[:, -new:])
         return None
+
+    @property
+    def ids(self) -> NDArray[Any] | None:
+        """Token ids [samples, length]; None when there are none."""
+        name = ids_name({name: (array.dtype, array.shape) for name, array in self.feeds.items()})
+        return None if name is None else self.feeds[name]
 
     @property
     def digest(self) -> bytes:

@@ -1,14 +1,15 @@
 """Number formats as objects behind one small interface: a set of code values, how to reach them, how they are stored.
 
 A format knows nothing of scales. It says which *code values* exist (`lowest`..`highest`), maps real code values to the
-nearest existing one (`project`), and gives the ONNX type that stores them. Integers are here; floating-point, ternary
-and binary formats are further subclasses with the same three members.
+nearest existing one (`project`), and gives the ONNX type that stores them. Whole numbers are here, ternary and binary
+among them; floating-point formats and codebooks are in `qgraph.float_formats`.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -17,17 +18,21 @@ from numpy.typing import NDArray
 from qgraph import errors
 
 __all__ = [
+    "BINARY",
     "INT2",
     "INT4",
     "INT8",
     "INT16",
     "INT32",
+    "TERNARY",
     "UINT2",
     "UINT4",
     "UINT8",
     "UINT16",
+    "Binary",
     "Format",
     "Int",
+    "Ternary",
     "UInt",
     "by_name",
 ]
@@ -141,6 +146,43 @@ class UInt(_Integer):
         return float(2**self.bits - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ternary(Format):
+    """-1, 0 and 1, in the two bits of the smallest integer type that ONNX has."""
+
+    @property
+    def name(self) -> str:
+        return "ternary"
+
+    @property
+    def storage(self) -> ir.DataType:
+        return ir.DataType.INT2
+
+    @property
+    def lowest(self) -> float:
+        return -1.0
+
+    @property
+    def highest(self) -> float:
+        return 1.0
+
+    def project(self, codes: NDArray[np.floating]) -> NDArray[np.floating]:
+        rounded = np.asarray(np.rint(codes))
+        return np.clip(rounded, -1, 1, out=rounded)
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary(Ternary):
+    """-1 and 1; zero lies in the middle of the two and counts as 1."""
+
+    @property
+    def name(self) -> str:
+        return "binary"
+
+    def project(self, codes: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.where(np.asarray(codes) < 0, -1.0, 1.0).astype(np.asarray(codes).dtype)
+
+
 INT2 = Int(2)
 INT4 = Int(4)
 INT8 = Int(8)
@@ -151,15 +193,19 @@ UINT4 = UInt(4)
 UINT8 = UInt(8)
 UINT16 = UInt(16)
 
-_NAMED: dict[str, Format] = {f.name: f for f in (INT2, INT4, INT8, INT16, INT32, UINT2, UINT4, UINT8, UINT16)}
+TERNARY = Ternary()
+BINARY = Binary()
+
+_WHOLE: tuple[Format, ...] = (INT2, INT4, INT8, INT16, INT32, UINT2, UINT4, UINT8, UINT16, TERNARY, BINARY)
 
 
-def by_name(name: str) -> Format:
-    """The format called `name`.
+def by_name(name: str, further: Iterable[Format] = ()) -> Format:
+    """The format called `name`, among the whole numbers and `further` ones.
 
     Raises:
         OptionError: no such format; names the nearest.
     """
-    if name not in _NAMED:
-        raise errors.unknown("format", name, _NAMED)
-    return _NAMED[name]
+    known = {one.name: one for one in (*_WHOLE, *further)}
+    if name not in known:
+        raise errors.unknown("format", name, known)
+    return known[name]

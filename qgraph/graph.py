@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
+    "JOINED",
     "ORIGINS",
     "RUN_SHAPE",
     "add_initializer",
@@ -26,6 +27,7 @@ __all__ = [
     "is_standard",
     "label",
     "merge_origins",
+    "planned_names",
     "producer",
     "release",
     "replace_node",
@@ -33,6 +35,8 @@ __all__ = [
     "value_names",
 ]
 
+JOINED = "qgraph.joined"
+"""Key in `Node.meta`: names of all the planned nodes that this one computes, in order of its output's parts."""
 ORIGINS = "qgraph.origins"
 """Key in `Node.meta`: (name, operator) of each node that was merged into this one."""
 RUN_SHAPE = "qgraph.shape"
@@ -42,6 +46,12 @@ RUN_SHAPE = "qgraph.shape"
 def label(node: ir.Node) -> str:
     """How a node is called in reports: its name, or its operator and first output when it has none."""
     return node.name or f"{node.op_type}({node.outputs[0].name if node.outputs else ''})"
+
+
+def planned_names(node: ir.Node) -> tuple[str, ...]:
+    """Names under which `node` was planned: its own, or those of the nodes that were joined in it."""
+    names: tuple[str, ...] = node.meta.get(JOINED, (node.name or "",))
+    return names
 
 
 def is_standard(node: ir.Node, *op_types: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import bench, details, modelio, registry, sensitivity, session
+from qgraph import bench, caches, checks, details, language, modelio, outcome, registry, sensitivity, session
 from qgraph.builder import Builder, Built
 from qgraph.clock import Clock
 from qgraph.compare import Runnable
@@ -22,7 +22,8 @@ from qgraph.fingerprint import fingerprint
 from qgraph.judge import Judge, Verdict
 from qgraph.options import Options
 from qgraph.pipeline import Context
-from qgraph.report import Budget, Report, Sensitivity, Speed
+from qgraph.race import Race
+from qgraph.report import Budget, Report, Sensitivity
 from qgraph.rules import FLOAT
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
@@ -33,12 +34,10 @@ from qgraph.trials import Trials
 __all__ = ["Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
-_TIMED = 3
-_UNTIMED = "The models were not timed, so nothing is promised about speed."
-_NEAR = 0.9
-"""Candidates that save less than this share of the best one's saving, by estimate, are not timed."""
-_FASTER = 1.03
-"""A candidate must be this much faster than one that was preferred by estimate: less is noise."""
+_ELSEWHERE = (
+    "The installed onnxruntime has no {}: numbers were checked on its CPU provider, and neither the target's own "
+    "kernels nor its speed."
+)
 
 
 class Job:
@@ -56,21 +55,25 @@ class Job:
         self.target: Target = registry.target(options.target)
         if options.block_size is not None:
             self.target = self.target.in_blocks(options.block_size)
+        notes: list[str] = []
+        if not self.target.here:
+            notes.append(_ELSEWHERE.format(self.target.provider))
+            self.options = options = dataclasses.replace(options, bench_seconds=0.0)
         self.scheme = self.target.scheme(WEIGHTS if options.bits_per_weight is not None else options.scheme)
         named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
         if options.block_size is not None and all(part.block is None for one in named for part in one.parts):
             raise OptionError(f"Scheme {self.scheme.name!r} has no weights in blocks: leave out the block size.")
-        self.limits = options.limits()
         self._rejected: set[str] = set()
         self._profiled = False
         self._hint = ""
-        self._speeds: dict[str, list[Speed]] = {}
         progress("reading", 0, 0)
         self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else modelio.copied(source)
+        self.limits = options.limits(language.is_language_model(self.float_model))
         self.key = fingerprint(self.float_model)
         self.external = modelio.has_external(self.float_model)
         self.avoid = modelio.external_files(self.float_model)
         self.folder = workspace.spill(self.float_model)
+        self.check, note = checks.chosen(self.float_model, options.check, options.why_whole)
         readable = self.float_model.ir_version <= session.max_ir_version()
         self.path = Path(source) if isinstance(source, (str, Path)) and readable else None
         # The original as the runtime can load it: its IR version may be too new.
@@ -85,12 +88,14 @@ class Job:
             budget=Budget(
                 self.limits[0].metric.name, self.limits[0].limit, ", ".join(limit.text for limit in self.limits)
             ),
+            check=self.check,
+            notes=[*notes, *([note] if note is not None else [])],
         )
 
     def run(self, source: DataSource | None, evaluation: DataSource | None) -> modelio.Staged:
         """All of it, but for moving the result into place."""
         start = time.perf_counter()
-        parts = self._divide(source, evaluation)
+        parts = self.divide(source, evaluation)
         calibrate, held, tested = parts.calibrate, parts.search, parts.final
         self._look(held)
         if self.options.bench_seconds > 0 and self.options.target != "cpu":
@@ -103,10 +108,11 @@ class Job:
         if self.report.budget is not None:
             told = f" (losses on {held.count()} samples count up to {judge.margin():.2f}-fold)"
             self.report.budget = dataclasses.replace(self.report.budget, text=self.report.budget.text + told)
-        builder = self._builder(calibrate)
+        builder = self.builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
         self.report.fidelity = verdict.fidelity
         self.report.nodes, self.report.steps = built.nodes, built.steps
+        self.report.notes += outcome.notes(built.model)
         if not built.assignment:
             self.report.nodes = builder.explained(built)
         self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
@@ -120,10 +126,10 @@ class Job:
 
     def rank(self, source: DataSource, exact: int) -> list[Sensitivity]:
         """What each node loses alone; `exact` of them measured, the worst by estimate."""
-        parts = self._divide(source, None)
+        parts = self.divide(source, None)
         self._look(parts.search)
         judge = self._judge(parts.search, "search", parts.apart)
-        search = self._search(self._builder(parts.calibrate), judge)
+        search = self._search(self.builder(parts.calibrate), judge)
         search.noises.measure(exact, lambda: False)
         self._tell(search, None)
         return self.report.sensitivity
@@ -133,17 +139,19 @@ class Job:
         details.fill(self.report, self.original, built, builder, final.data, self.feeds, timed)
         if timed and self.path is not None:
             self.progress("measuring memory", 0, 0)
+            path = built.staged.path
             self.report.before = bench.footprint(self.path, self.feeds, self.target.options())
-            self.report.after = bench.footprint(built.staged.path, self.feeds, self.target.options())
+            self.report.after = bench.footprint(path, caches.given(path, self.feeds), self.target.options())
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
     def _look(self, held: Dataset) -> None:
         """Take one sample to time with."""
-        self.feeds: Feeds = held.first().feeds
+        self.feeds: Feeds = held.typical()
         self.clock = Clock(self.original, self.target.options(), self.feeds, self.options.bench_seconds, self.progress)
 
-    def _divide(self, source: DataSource | None, evaluation: DataSource | None) -> Parts:
+    def divide(self, source: DataSource | None, evaluation: DataSource | None) -> Parts:
+        """Calibration data, and data to judge by."""
         self.progress("reading data", 0, 0)
         if source is None and (self.options.ranges is not None or self.options.save_ranges is not None):
             raise OptionError("Ranges are those of calibration data: give it (--data), or leave out the ranges.")
@@ -157,9 +165,14 @@ class Job:
         folder = self.workspace.folder / f"judge-{name}"
         return Judge(self.original, held, self.limits, self.target.options(), folder, held_back=apart)
 
-    def _builder(self, calibrate: Dataset | None) -> Builder:
+    def builder(self, calibrate: Dataset | None) -> Builder:
+        """What makes candidates."""
         if self.options.observer is not None and (calibrate is None or not self.scheme.static):
             raise OptionError(f"Scheme {self.scheme.name!r} calibrates no ranges here: leave out the observer.")
+        if self.options.kv_cache is not None:
+            if calibrate is None:
+                raise OptionError("The scales of a cache in integers are those of calibration data: give it (--data).")
+            self.report.notes.append(caches.NOTES[self.options.kv_cache])
         ranges, saved = self.options.ranges, self.options.save_ranges
         context = Context(
             self.target,
@@ -172,6 +185,9 @@ class Job:
             save_ranges=(Path(saved), self.key) if saved is not None else None,
             keep_float=self.options.keep_float,
             choices=self.options.choices,
+            pack=self.options.pack,
+            deadline=time.monotonic() + self.options.time_limit if self.check == checks.WHOLE else None,
+            cache=caches.FORMATS.get(self.options.kv_cache or ""),
         )
         return Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
 
@@ -184,12 +200,13 @@ class Job:
         """
         search = self._search(builder, judge)
         self._run(search)
+        race = Race(self.clock, self.report)
         keys = search.within()
         while keys:
-            best, speeds = self._fastest(search, keys)
+            best, speeds = race.fastest(search, keys)
             if search.trials.trials[best].slowest < 1.0 and self._learned(search, builder, best):
                 keys = [key for key in search.within() if key not in self._rejected]
-                best, speeds = self._fastest(search, keys)
+                best, speeds = race.fastest(search, keys)
             built = search.get(best)
             verdict = final.judge(built.runnable)
             if verdict.within or self.options.force:
@@ -234,36 +251,9 @@ class Job:
 
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""
-        told, asked = self.report, self.options
-        chosen = (
-            asked.keep_float,
-            sorted(asked.choices.items()),
-            asked.observer,
-            asked.ranges,
-            asked.block_size,
-            asked.bits_per_weight,
-        )
+        told, chosen = self.report, self.options.identity
         seen = [data.digest() for data in (judge.data, builder.context.data) if data is not None]
         return (version("qgraph"), self.key, told.target, told.scheme, told.runtime, told.budget, chosen, seen)
-
-    def _fastest(self, search: Search, keys: list[str]) -> tuple[str, list[Speed]]:
-        """The fastest of the most promising, by the clock."""
-        if self.options.bench_seconds <= 0:
-            if _UNTIMED not in self.report.notes:
-                self.report.notes.append(_UNTIMED)
-            return keys[0], []
-        best, found = keys[0], self._timed(search, keys[0])
-        # The clock settles what estimates leave open. Behind a clear lead there is nothing to settle; nor between the
-        # same kernels, of which the more faithful ones come first.
-        trials = search.trials.trials
-        for number, key in enumerate(keys[1:], 1):
-            behind = number >= _TIMED or trials[key].saved < _NEAR * trials[best].saved
-            if trials[key].assignment == trials[best].assignment or (behind and trials[best].slowest >= 1.0):
-                continue
-            speeds = self._timed(search, key)
-            if trials[key].rate > _FASTER * trials[best].rate:
-                best, found = key, speeds
-        return best, found
 
     def _learned(self, search: Search, builder: Builder, slow: str) -> bool:
         """Search again, once, with the times of a slow candidate's nodes as they were measured here."""
@@ -289,13 +279,6 @@ class Job:
             if not search.within():
                 raise
             self.report.notes.append("The search was interrupted: this is the best that it had found.")
-
-    def _timed(self, search: Search, key: str) -> list[Speed]:
-        if key not in self._speeds:
-            self._speeds[key] = self.clock.measure(search.get(key).runnable)
-            search.trials.trials[key].speed = {str(speed.threads): speed.ratio for speed in self._speeds[key]}
-            search.trials.save()
-        return self._speeds[key]
 
     # -- words ------------------------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class Judge:
             DataError: a metric cannot be measured on this data.
             ExecutionError: the candidate cannot be run.
         """
-        keep = _MARK if any(limit.metric.of_outputs is not None for limit in self.limits) else ""
+        keep = _MARK if any(limit.metric.needs_outputs for limit in self.limits) else ""
         fidelity = self._reference.compare(candidate, self.held_back, keep)
         if any(math.isnan(output.cosine) for output in fidelity.outputs.values()):
             # It overflows where the original does not: no metric says anything about that.
@@ -90,7 +90,7 @@ class Judge:
         losses: dict[str, float] = {}
         strain = 0.0
         for limit in self.limits:
-            value = limit.metric.value(fidelity, self._outputs(keep))
+            value = limit.metric.value(fidelity, self._outputs(keep), self._reference.outputs())
             loss = limit.loss(self._original(limit, fidelity), value)
             losses[limit.metric.name] = loss
             share = 0.0 if loss <= 0 else loss / limit.limit if limit.limit > 0 else math.inf
@@ -105,5 +105,5 @@ class Judge:
         if metric.perfect is not None:
             return metric.perfect
         if metric.name not in self._originals:
-            self._originals[metric.name] = metric.value(fidelity, self._reference.outputs())
+            self._originals[metric.name] = metric.value(fidelity, *[self._reference.outputs() for _ in range(2)])
         return self._originals[metric.name]

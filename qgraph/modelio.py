@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 import shutil
@@ -18,8 +17,19 @@ import onnx_ir as ir
 
 from qgraph.errors import ExternalDataError, ModelError, OptionError, first_line
 from qgraph.session import max_ir_version
+from qgraph.staged import Staged
 
-__all__ = ["Staged", "Workspace", "copied", "external_files", "has_external", "read", "size_on_disk", "stage"]
+__all__ = [
+    "Staged",
+    "Workspace",
+    "copied",
+    "external_files",
+    "has_external",
+    "read",
+    "size_on_disk",
+    "stage",
+    "weight_bytes",
+]
 
 OLDEST_OPSET = 7
 _SPILL_BYTES = 64 << 20
@@ -54,6 +64,7 @@ def read(path: str | Path) -> ir.Model:
             f"{str(path)!r} has opset {opset}; {OLDEST_OPSET} is the oldest that can be converted. Export it anew."
         )
     _check_external(model, path.parent)
+    _take_in(model, _EXTERNAL_THRESHOLD)
     try:
         # Some writers leave the nodes unsorted; the runtime forgives it, most tools do not.
         model.graph.sort()
@@ -109,6 +120,11 @@ def size_on_disk(path: Path) -> int:
     return path.stat().st_size + sum(file.stat().st_size for file in files)
 
 
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all its weights, shared ones once."""
+    return sum(tensor.nbytes for _, tensor in _tensors(model))
+
+
 def copied(model: Any) -> ir.Model:
     """A copy of a caller's model.
 
@@ -121,11 +137,13 @@ def copied(model: Any) -> ir.Model:
             f"The model is a {type(model).__name__}; give a path or an onnx_ir.Model (onnx_ir.from_proto makes one)."
         )
     try:
-        return model.clone()
+        copy: ir.Model = model.clone()
     except Exception as error:
         raise ModelError(
             "The model cannot be copied. Its nodes may be out of order: run onnx_ir's TopologicalSortPass first."
         ) from error
+    _take_in(copy, _EXTERNAL_THRESHOLD)
+    return copy
 
 
 def has_external(model: ir.Model) -> bool:
@@ -184,50 +202,6 @@ class Workspace:
         self.close()
 
 
-class Staged:
-    """A model written in full beside its destination, not yet in place."""
-
-    def __init__(self, path: Path, destination: Path):
-        self.path = path
-        self.destination = destination
-
-    @property
-    def nbytes(self) -> int:
-        """Size on disk, external data included."""
-        return sum(f.stat().st_size for f in self.path.parent.iterdir())
-
-    def discard(self) -> None:
-        """Remove the files."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
-
-    def commit(self) -> None:
-        """Move into place, data first; on failure whatever stood there before stands again."""
-        folder = self.destination.parent.resolve()
-        names = sorted((f.name for f in self.path.parent.iterdir()), key=lambda n: n == self.path.name)
-        moved: list[tuple[Path, Path | None]] = []
-        try:
-            for name in names:
-                final = folder / name
-                saved: Path | None = None
-                if final.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-                if final.exists():
-                    saved = self.path.parent / (name + ".previous")
-                    final.replace(saved)
-                moved.append((final, saved))
-                (self.path.parent / name).replace(final)
-        except BaseException as error:
-            for final, saved in reversed(moved):
-                with contextlib.suppress(OSError):
-                    if saved is not None:
-                        saved.replace(final)
-                    else:
-                        final.unlink(missing_ok=True)
-            if not isinstance(error, OSError):
-                raise
-            raise ModelError(f"Cannot write {str(self.destination)!r}: {error.strerror}.") from error
-
-
 def _data_name(destination: Path, avoid: Collection[Path]) -> str:
     folder = destination.resolve().parent
     suffixes = itertools.chain([""], (f".{n}" for n in itertools.count(1)))
@@ -235,18 +209,19 @@ def _data_name(destination: Path, avoid: Collection[Path]) -> str:
     return next(name for name in names if folder / name not in avoid)
 
 
-def _in_memory(model: ir.Model) -> ir.Model:
-    """A copy whose weights are none of other files'."""
-    model = model.clone()
+def _take_in(model: ir.Model, least: int | None = None) -> None:
+    """Read external weights of less than `least` bytes (None for all) into memory, in place.
+
+    Small ones are written into the model's own file, for which they must not be mapped.
+    """
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor):
+            if isinstance(tensor, ir.ExternalTensor) and (least is None or tensor.nbytes < least):
                 value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
                 # A view of it that someone holds keeps it mapped, which costs address space only.
                 with contextlib.suppress(BufferError):
                     tensor.release()
-    return model
 
 
 def stage(
@@ -276,7 +251,8 @@ def stage(
     data = _data_name(destination, avoid) if external or sum(sizes) > _INLINE_BYTES else None
     if data is None:
         # What lies in the workspace would otherwise be written as a reference to it.
-        model = _in_memory(model)
+        model = model.clone()
+        _take_in(model)
 
     def report(_: object, info: object) -> None:
         if progress is not None:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from qgraph import calibration, metrics
+from qgraph import caches, calibration, metrics
+from qgraph.checks import CHECKS
 from qgraph.errors import OptionError, unknown
 from qgraph.metrics import Limit, Outputs
 from qgraph.observers import OBSERVERS
@@ -53,6 +54,8 @@ class Options:
         block_size: weights that share a scale where weights are in blocks: 32, 64 or 128; None for the scheme's own.
         bits_per_weight: largest mean of stored bits, scales included, over the weights of products and tables; the
             scheme of each is then chosen among the weight-only ones so that least is lost.
+        kv_cache: keep the caches of keys and values in "int8" or "int4": inputs and outputs of the model change their
+            type then; None leaves them in float.
         choices: pattern of node names (shell style) or operator type -> scheme, or "float". Names go before operators.
         observer: name of the observer; None for the scheme's own.
         keep_float: patterns of node names or operator types to leave in float.
@@ -61,6 +64,10 @@ class Options:
         save_ranges: file to save the observed ranges in.
         bench_seconds: about how long to time both models for each thread count; 0 does not time, and so cannot promise
             that the result is not slower.
+        pack: store ternary weights in 1.6 bits and binary ones in 1, unpacked by the runtime as it loads the model.
+        check: how much is proved before the result is written: "whole" loads, runs, compares and times all of it;
+            "parts" its graph without weights, and each quantized product by itself, in the memory of one weight; "none"
+            nothing. None for the whole where it fits into memory, and its parts where it does not.
         force: write the result even if it is slower than its input, or outside the budget.
     """
 
@@ -82,6 +89,9 @@ class Options:
     ranges: Path | str | None = None
     save_ranges: Path | str | None = None
     bench_seconds: float = 4.0
+    pack: bool = False
+    kv_cache: str | None = None
+    check: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -96,6 +106,8 @@ class Options:
             raise unknown("observer", self.observer, OBSERVERS)
         if self.ranges is not None and self.observer is not None:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
+        if self.check is not None and self.check not in CHECKS:
+            raise unknown("check", self.check, CHECKS)
         if self.memory <= 0 or self.bench_seconds < 0 or self.time_limit < 0:
             raise OptionError("memory must be positive, bench_seconds and time_limit not negative.")
         if self.bits_per_weight is not None and self.scheme not in ("auto", WEIGHTS):
@@ -104,6 +116,8 @@ class Options:
             raise OptionError(f"bits_per_weight is a positive number, and not {self.bits_per_weight}.")
         if self.block_size not in (None, 32, 64, 128):
             raise OptionError(f"Kernels take blocks of 32, 64 or 128 weights, and not {self.block_size}.")
+        if self.kv_cache not in (None, *caches.FORMATS):
+            raise unknown("kv_cache", str(self.kv_cache), caches.FORMATS)
         for name, value in (("min_cosine", self.min_cosine), ("min_agreement", self.min_agreement)):
             if value is not None and not 0 <= value <= 1:
                 raise OptionError(f"{name} lies between 0 and 1, and {value} does not.")
@@ -111,13 +125,38 @@ class Options:
             raise OptionError(f"min_sqnr is a finite number of dB, and not {self.min_sqnr}.")
         self.limits()
 
-    def limits(self) -> list[Limit]:
-        """The budget, first what `max_loss` says; 1 % of the mean cosine where nothing is said.
+    @property
+    def why_whole(self) -> str | None:
+        """The option that needs the whole model to be run, in the command line's words."""
+        names = ("max_loss", "min_sqnr", "min_cosine", "min_agreement", "metric", "state", "bits_per_weight")
+        given = next((name for name in names if getattr(self, name) is not None), None)
+        return None if given is None else "--" + given.replace("_", "-")
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What measurements depend on, beside the model, the target, the scheme and the budget."""
+        return (
+            self.keep_float,
+            sorted(self.choices.items()),
+            self.observer,
+            self.ranges,
+            self.block_size,
+            self.pack,
+            self.bits_per_weight,
+        )
+
+    def limits(self, language: bool = False) -> list[Limit]:
+        """The budget, first what `max_loss` says; what the metric allows by itself where nothing is said.
+
+        Args:
+            language: whether it is a language model's, whose default metric is the divergence of its predictions, and
+                not the mean cosine.
 
         Raises:
             OptionError: there is no such metric, or the loss is no number.
         """
         found: list[Limit] = []
+        default = metrics.LANGUAGE if language else metrics.DEFAULT
         if self.min_sqnr is not None:
             words = f"SQNR at least {self.min_sqnr:g} dB"
             found.append(Limit(metrics.METRICS["sqnr"], 10 ** (-self.min_sqnr / 10), False, words))
@@ -126,9 +165,9 @@ class Options:
                 found.append(Limit(metrics.METRICS[name], 1 - value, False, f"{name} at least {value:g}"))
         if self.bits_per_weight is not None and self.max_loss is None and not found:
             # The size is the limit, and the least loss within it is what is asked for.
-            measure = metrics.metric(self.metric or metrics.DEFAULT)
+            measure = metrics.metric(self.metric or default)
             found.append(dataclasses.replace(metrics.loss_limit("100%", measure), text="the least loss for the size"))
         elif self.max_loss is not None or self.metric is not None or not found:
-            measure = metrics.metric(self.metric or metrics.DEFAULT)
-            found.insert(0, metrics.loss_limit("1%" if self.max_loss is None else self.max_loss, measure))
+            measure = metrics.metric(self.metric or default)
+            found.insert(0, metrics.loss_limit(measure.allowed if self.max_loss is None else self.max_loss, measure))
         return found

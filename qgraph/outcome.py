@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qgraph import audit
+from qgraph import audit, graph
 from qgraph.report import NodeReport
-from qgraph.targets import ABSORBED, KERNEL, REASON, Kernel
+from qgraph.stored import REACH, Reach
+from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel
+from qgraph.ternary import EXACT
 
-__all__ = ["nodes", "not_chosen"]
+__all__ = ["nodes", "not_chosen", "notes"]
 
+_NAMED = 4
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
 
@@ -19,8 +22,18 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
     for node in model.graph.all_nodes():
         name = node.name or ""
         kernel: Kernel | None = node.meta.get(KERNEL)
-        if kernel is not None:
-            reports.append(NodeReport(name, node.op_type, kernel=found.kernels.get(name), scheme=kernel.scheme))
+        if FOLDED in node.meta:
+            continue
+        if kernel is not None and kernel.form is Form.STORED:
+            reports.append(NodeReport(name, node.op_type, kernel=f"{node.op_type} (float)", scheme=kernel.scheme))
+        elif kernel is not None and kernel.form is Form.HALF:
+            reports.append(
+                NodeReport(name, node.op_type, kernel=f"{node.op_type} ({kernel.scheme})", scheme=kernel.scheme)
+            )
+        elif kernel is not None:
+            ran = found.kernels.get(name)
+            names = graph.planned_names(node)
+            reports += [NodeReport(one, node.op_type, kernel=ran, scheme=kernel.scheme) for one in names]
         elif ABSORBED in node.meta:
             # Absorbed ones are gone; one that is still here was not.
             reports.append(NodeReport(name, node.op_type, reason="the codes do not end at its bounds"))
@@ -28,6 +41,38 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
             reason = str(node.meta.get(REASON, "inside a body of If, Loop or Scan"))
             reports.append(NodeReport(name, node.op_type, reason=reason))
     return reports
+
+
+def notes(model: ir.Model) -> list[str]:
+    """What a reader should know of the weights."""
+    exact: dict[str, list[str]] = {}
+    kept: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        kernel: Kernel | None = node.meta.get(KERNEL)
+        if kernel is None or kernel.weight is None:
+            continue
+        if kernel.weight[1].observer == EXACT:
+            exact.setdefault(kernel.weight[1].format.name, []).append(str(node.name))
+        if kernel.form is Form.STORED:
+            kept.setdefault(kernel.scheme, []).append(node)
+    return [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
+
+
+def _exact(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    what = f"{len(names)} weights are {kind} already and packed in 2 bits without loss (their inputs are rounded to 8)"
+    return f"{what}: {', '.join(names[:_NAMED])}{more}."
+
+
+def _kept(scheme: str, nodes: list[ir.Node]) -> str:
+    what = (
+        f"{len(nodes)} weights are stored in {scheme} and brought back as the model is loaded; all computes in float32."
+    )
+    found: list[Reach] = [node.meta[REACH] for node in nodes if REACH in node.meta]
+    small, count = sum(one.subnormal for one in found), sum(one.count for one in found)
+    if not small:
+        return what
+    return f"{what} {small} of {count} numbers are smaller than {found[0].smallest:.2g} and keep fewer digits."
 
 
 def not_chosen(model: ir.Model, found: audit.Audit) -> dict[tuple[str, str], str]:
@@ -42,7 +87,11 @@ def not_chosen(model: ir.Model, found: audit.Audit) -> dict[tuple[str, str], str
         ours = [name for name in readers if name in planned]
         for name in ours or [name for name, node in planned.items() if _reads(node, constant)]:
             reasons[name] = "the runtime would dequantize its weight at every run"
-    return {(name, planned[name].meta[KERNEL].scheme): reason for name, reason in reasons.items()}
+    return {
+        (one, planned[name].meta[KERNEL].scheme): reason
+        for name, reason in reasons.items()
+        for one in graph.planned_names(planned[name])
+    }
 
 
 def _reads(node: ir.Node, constant: str) -> bool:

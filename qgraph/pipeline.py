@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import calibration
+from qgraph.blocks import Blocks
 from qgraph.data import Dataset
 from qgraph.report import Step
 from qgraph.rules import Prices, Refusals, Times
@@ -47,6 +48,10 @@ class Context:
             "explicit" with a multiplication where nothing takes the factors.
         learn: whether roundings are learned, which takes its time.
         codes: learned roundings, to be used again like `store`.
+        blocks: learned weights in blocks, likewise.
+        pack: whether ternary and binary weights are packed further on disk.
+        cache: bits of the caches of keys and values; None leaves them in float.
+        deadline: of `time.monotonic`, after which nothing more is learned; None for none.
         progress: called with (what is done, steps done, steps in all).
     """
 
@@ -67,6 +72,10 @@ class Context:
     smoothing: str = "explicit"
     learn: bool = False
     codes: dict[tuple[str, bytes], NDArray[Any]] | None = None
+    blocks: dict[str, Blocks] | None = None
+    deadline: float | None = None
+    pack: bool = False
+    cache: int | None = None
     progress: Callable[[str, int, int], None] | None = None
 
 

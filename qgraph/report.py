@@ -248,6 +248,7 @@ class Report:
     scheme: str
     runtime: str
     output: str | None = None
+    check: str = "whole"
     calibration_samples: int = 0
     seconds: float = 0.0
     steps: list[Step] = dataclasses.field(default_factory=list[Step])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, ternary
 from qgraph.layouts import along, only
 from qgraph.spread import Layout, Rule, Spread
 
@@ -24,6 +24,11 @@ def _sides(spread: Spread, node: ir.Node, axis: int) -> tuple[Layout | None, Lay
     for value in node.inputs[1:]:
         if value is not None and value in spread.layouts:
             spread.freeze(spread.layouts[value], f"a weight or bias of {node.op_type} is computed at run time", value)
+    if ternary.grid_of(node.inputs[1]) is not None:
+        for value, layout in zip((node.inputs[0], node.outputs[0]), found, strict=True):
+            why = f"the weight of {node.op_type} has three values, and any factor would end that"
+            spread.freeze(layout, why, value)
+        return None, None
     return found[0], found[1]
 
 

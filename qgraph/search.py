@@ -245,6 +245,7 @@ class Search:
         sqnr = verdict.fidelity.worst.sqnr
         trial = Trial(self.trials.unique(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment))
         trial.disk, trial.variant, trial.learned = built.staged.nbytes, self.builder.variant, learned
+        trial.stored = built.stored
         if self._glance is not None:
             trial.speed = self._glance(built.runnable)
         self.built[key] = built

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph import graph
+from qgraph import graph, stored, ternary, weights
 from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
@@ -26,6 +26,8 @@ from qgraph.targets import Form, Kernel
 __all__ = ["Estimate", "estimates", "noise_of", "total"]
 
 _ROWS = 64
+_HALF = 1e-7
+"""Noise of a node in 16-bit floats: a third of (2 ** -11) ** 2, of the operands and of the result."""
 _UNKNOWN = 3e-5
 """Noise of an eight-bit node of which there is no sample: that of a uniform value cut into 200 steps."""
 
@@ -69,6 +71,10 @@ def noise_of(node: ir.Node, kernel: Kernel) -> float:
     """
     if kernel.shares:
         return 0.0
+    if kernel.form is Form.HALF:
+        return _HALF
+    if kernel.form is Form.STORED and kernel.weight is not None:
+        return stored.noise(node, kernel.weight[1])
     channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(CHANNELS)
     if kernel.form is Form.QDQ and channels is not None and not np.isfinite(channels).all():
         return 1.0
@@ -98,7 +104,7 @@ def _table_noise(table: ir.Value | None, spec: QuantSpec) -> float:
 
 def _drawn(node: ir.Node) -> NDArray[np.float32] | None:
     """Rows for a product that has not seen data: heavy-tailed, as activations of trained networks are."""
-    shape = graph.run_shape(node.inputs[1]) if graph.is_standard(node, "MatMul", "Gemm") else None
+    shape = graph.run_shape(node.inputs[1]) if weights.is_product(node) else None
     if shape is None or len(shape) != 2:
         return None
     inner = shape[1 if node.attributes.get_int("transB", 0) else 0]
@@ -116,7 +122,7 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
         # The operator rounds rows in blocks as long as those of the weights, to eight bits whatever theirs are.
         along = QuantSpec(Int(8, narrow=True), PerBlock(1, spec.granularity.size), symmetric=True)
         noisy = fake_quantize(rows, of_blocks(rows, along))
-        matrix, rounded = _matrix(node, weight), _matrix(node, fake_quantize(weight, of_blocks(weight, spec)))
+        matrix, rounded = _matrix(node, weight), _in_blocks(weight, spec)
     else:
         noisy = _activation(node, kernel, rows)
         axis = spec.granularity.axis % weight.ndim if isinstance(spec.granularity, PerAxis) else None
@@ -125,6 +131,11 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
         matrix, rounded = _matrix(node, weight), _matrix(node, fake_quantize(weight, params))
     groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
     return _error(rows, noisy, matrix, rounded, groups)
+
+
+def _in_blocks(weight: NDArray[np.float32], spec: QuantSpec) -> NDArray[np.float32]:
+    """[inner, outputs] as blocks of few bits have it."""
+    return ternary.rounded(weight, spec).real.T
 
 
 def _activation(node: ir.Node, kernel: Kernel, rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -24,10 +24,21 @@ from typing_extensions import Self
 
 from qgraph.errors import ExecutionError
 
-__all__ = ["Feeds", "KernelTime", "Session", "SessionOptions", "max_ir_version", "runtime_version"]
+__all__ = [
+    "HOST",
+    "Feeds",
+    "KernelTime",
+    "Session",
+    "SessionOptions",
+    "has_provider",
+    "max_ir_version",
+    "runtime_version",
+]
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 
+HOST = "CPUExecutionProvider"
+"""The provider that every runtime has."""
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where the values of a provider lie, if not in the host's memory."""
 _LEVELS = {
@@ -50,7 +61,7 @@ class SessionOptions:
         optimized: where to write the graph as the runtime has optimized it; None not to.
     """
 
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: tuple[str, ...] = (HOST,)
     threads: int = 0
     level: str = "all"
     config: tuple[tuple[str, str], ...] = ()
@@ -137,6 +148,7 @@ class Session:
             what = model.name if isinstance(model, Path) else f"graph {model.graph.name!r}"
             raise ExecutionError(f"onnxruntime {ort.__version__} cannot load {what}: {_words(error)}") from error
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
+        self.inputs: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Outputs by name (all of them unless chosen).
@@ -175,7 +187,7 @@ class Session:
         return run
 
     def types(self) -> dict[str, tuple[str, list[int | str | None]]]:
-        """Type in the runtime's words, as `tensor(float)`, and shape of each output; free dimensions by name or None."""
+        """Type in the runtime's words, as `tensor(float)`, and shape of outputs, free dimensions by name or None."""
         return {one.name: (one.type, list(one.shape)) for one in self._session.get_outputs()}
 
     def profile(self) -> list[KernelTime]:
@@ -208,6 +220,11 @@ def _words(error: Exception) -> str:
     """The runtime's message without its decoration."""
     text = str(error).replace("[ONNXRuntimeError] : ", "").strip()
     return text.splitlines()[0][:500] if text else type(error).__name__
+
+
+def has_provider(name: str) -> bool:
+    """Whether the installed runtime has this execution provider."""
+    return name in ort.get_available_providers()
 
 
 def runtime_version() -> str:

@@ -11,11 +11,17 @@ from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.errors import QuantizationError
+from qgraph.strips import Strips
 
-__all__ = ["Shared", "derived", "flat"]
+__all__ = ["Shared", "derived", "flat", "is_product"]
 
 _FLAT = "qgraph.flat"
 _T = TypeVar("_T")
+
+
+def is_product(node: ir.Node) -> bool:
+    """Whether `node` is a product whose right side may be a weight."""
+    return graph.is_standard(node, "MatMul", "Gemm") or (node.domain, node.op_type) == ("com.microsoft", "FusedMatMul")
 
 
 def derived(
@@ -75,11 +81,11 @@ class Shared(Generic[_T]):
     """Several constants that are computed together from one weight: it is read once where they are written in a row.
 
     Args:
-        weight: a constant.
-        function: array of `weight` -> what the parts are taken from.
+        weight: a constant of two dimensions.
+        function: strips of `weight` -> what the parts are taken from.
     """
 
-    def __init__(self, weight: ir.Value, function: Callable[[NDArray[Any]], _T]):
+    def __init__(self, weight: ir.Value, function: Callable[[Strips], _T]):
         if weight.const_value is None:
             raise QuantizationError(f"The weight {weight.name!r} is not a constant.")
         self._tensor = weight.const_value
@@ -102,9 +108,7 @@ class Shared(Generic[_T]):
     def _get(self, name: str) -> _T:
         made = self._made
         if made is None:
-            made = self._function(self._tensor.numpy())
-            if isinstance(self._tensor, ir.ExternalTensor):
-                self._tensor.release()
+            made = self._function(Strips(self._tensor))
         self._taken.add(name)
         # Kept until each part has been asked for once.
         self._made = made if len(self._taken) < self._parts else None

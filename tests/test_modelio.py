@@ -629,3 +629,14 @@ def test_a_workspace_that_is_already_gone_can_be_closed():
     workspace = Workspace()
     shutil.rmtree(workspace.folder)
     workspace.close()
+
+
+def test_small_external_weights_that_someone_looks_at(tmp_path):
+    """They go into the model's own file, which must not fail on a view that is still held."""
+    model = proto(weight=numpy_helper.from_array(np.arange(8, dtype=np.float32), "w"))
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    for given in (read(tmp_path / "m.onnx"), modelio.copied(ir.load(tmp_path / "m.onnx"))):
+        view = given.graph.initializers["w"].const_value.numpy()
+        with Workspace(tmp_path / "out.onnx") as workspace:
+            stage(given, tmp_path / "out.onnx", workspace, external=True).commit()
+        assert weights(read(tmp_path / "out.onnx"))["w"].tolist() == view.tolist() == list(range(8))

@@ -38,6 +38,7 @@ class Staged:
 class Built:
     assignment: dict
     learned: bool = False
+    stored: bool = False
     staged: Staged = dataclasses.field(default_factory=Staged)
 
     @property

@@ -2,6 +2,7 @@
 
 from qgraph.targets.base import (
     ABSORBED,
+    FOLDED,
     KERNEL,
     QPARAMS,
     REASON,
@@ -17,6 +18,7 @@ from qgraph.targets.base import (
 
 __all__ = [
     "ABSORBED",
+    "FOLDED",
     "KERNEL",
     "QPARAMS",
     "REASON",

@@ -12,15 +12,17 @@ import copy
 import dataclasses
 import enum
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import onnx_ir as ir
 
 from qgraph import errors
-from qgraph.session import SessionOptions
+from qgraph.session import HOST, SessionOptions, has_provider
 from qgraph.spec import Mixture, QuantSpec, Scheme
 
 __all__ = [
     "ABSORBED",
+    "FOLDED",
     "KERNEL",
     "QPARAMS",
     "REASON",
@@ -42,6 +44,9 @@ KERNEL = "qgraph.kernel"
 """Key in `Node.meta`: the Kernel that the node is planned to run in."""
 ABSORBED = "qgraph.absorbed"
 """Key in `Node.meta` of a Relu or Clip: name of the node whose quantizer does its work."""
+FOLDED = "qgraph.folded"
+"""Key in `Node.meta` of a node that brings a stored weight back: name of the node that reads it. The runtime computes
+it once, as it loads the model; that it does so is audited."""
 REASON = "qgraph.reason"
 """Key in `Node.meta`: why the node stays in float."""
 
@@ -65,6 +70,10 @@ class Form(enum.Enum):
     """DynamicQuantizeLinear before an integer product."""
     WEIGHTS = "weights"
     """Float activations meet weights quantized in blocks, in an operator made for that."""
+    STORED = "stored"
+    """The float operator, whose weight is stored in fewer bits and brought back once, when the model is loaded."""
+    HALF = "half"
+    """The float operator on floats of 16 bits."""
 
 
 class Output(enum.Enum):
@@ -126,6 +135,10 @@ class Target(abc.ABC):
     provider: str
     min_opset: int
     schemes: Mapping[str, Scheme | Mixture]
+    refused: Mapping[str, str] = MappingProxyType({})
+    """Schemes that there are elsewhere -> why not here."""
+    half: str | None = None
+    """Floats of 16 bits that this target computes in: "fp16" or "bf16"."""
     slow_fusions: frozenset[str] = frozenset()
     """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
     fast_operators: frozenset[str] = frozenset()
@@ -139,6 +152,8 @@ class Target(abc.ABC):
         Raises:
             OptionError: this target has no such scheme; lists those that it has.
         """
+        if name in self.refused:
+            raise errors.OptionError(f"Target {self.name!r} has no scheme {name!r}: {self.refused[name]}.")
         if name not in self.schemes:
             raise errors.unknown(f"scheme for target {self.name!r}:", name, self.schemes)
         return self.schemes[name]
@@ -149,9 +164,14 @@ class Target(abc.ABC):
         other.schemes = {name: scheme.in_blocks(size) for name, scheme in self.schemes.items()}
         return other
 
+    @property
+    def here(self) -> bool:
+        """Whether the installed runtime has this target's provider."""
+        return has_provider(self.provider)
+
     def options(self, threads: int = 0) -> SessionOptions:
-        """Session options that run a model on this target."""
-        return SessionOptions(providers=(self.provider,), threads=threads)
+        """Session options that run a model on this target, or on the host where the target's provider is not here."""
+        return SessionOptions(providers=(self.provider if self.here else HOST,), threads=threads)
 
     @abc.abstractmethod
     def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:

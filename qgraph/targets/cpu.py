@@ -14,15 +14,19 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.errors import OptionError
-from qgraph.formats import INT8, UINT2, UINT4, UINT8, Format, Int
+from qgraph.float_formats import BF16, E2M1, E4M3, E5M2, FP16, NF4
+from qgraph.formats import INT8, TERNARY, UINT2, UINT4, UINT8, Format, Int
 from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
-from qgraph.targets import cpu_costs, cpu_kernels
+from qgraph.targets import cpu_costs, cpu_kernels, cpu_stored
 from qgraph.targets.base import WEIGHTS, Kernel, Refusal, Target
+from qgraph.ternary import ABSMEAN, FITTED
 
 __all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
 
 # The fastest block of MatMulNBits that keeps the error of a block's range apart (64 is slower, 256 no faster).
 _BLOCK = 128
+# As QLoRA has it. Nothing is faster or slower for it, since weights are brought back at load.
+_FLOAT_BLOCK = 64
 
 
 def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixture]:
@@ -44,6 +48,18 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
         "int8-dynamic": dynamic,
         "int8-weights": blocks,
         **{one.name: one for one in few},
+        **{
+            name: Scheme(name, None, QuantSpec(TERNARY, PerBlock(0, _BLOCK), symmetric=True, observer=observer))
+            for name, observer in (("ternary", ABSMEAN), ("ternary-blocks", FITTED))
+        },
+        **{
+            name: Scheme(name, None, QuantSpec(one, symmetric=True, observer="minmax"))
+            for name, one in (("fp16", FP16), ("bf16", BF16), ("fp8", E4M3), ("fp8-e5m2", E5M2))
+        },
+        **{
+            name: Scheme(name, None, QuantSpec(one, PerBlock(-1, _FLOAT_BLOCK), symmetric=True, observer="minmax"))
+            for name, one in (("fp4", E2M1), ("nf4", NF4))
+        },
         WEIGHTS: Mixture(WEIGHTS, (blocks, *few)),
         "fp32": Mixture("fp32", (), "float"),
     }
@@ -62,8 +78,10 @@ class Cpu(Target):
     fast_operators = frozenset(
         {
             "FastGelu",
+            "FusedMatMul",
             "Gelu",
             "MatMulIntegerToFloat",
+            "MatMulNBits",
             "QuickGelu",
             "RotaryEmbedding",
             "SimplifiedLayerNormalization",
@@ -89,6 +107,8 @@ class Cpu(Target):
             "Where",
         }
     )
+
+    refused = cpu_stored.REFUSED
 
     def __init__(self, name: str, description: str, activation: Format, weight: Format):
         self.name = name

@@ -87,4 +87,18 @@ def product(node: ir.Node, why_not_two: str) -> tuple[int, int, bool] | Refusal:
     shape = graph.run_shape(right) or ()
     if len(shape) != 2:
         return Refusal(f"the weight has {len(shape)} dimensions; the integer kernel takes 2")
+    if node.op_type == "FusedMatMul":
+        return _turned(node, shape)
+    return shape[0], shape[1], False
+
+
+def _turned(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, int, bool] | Refusal:
+    """The same of a FusedMatMul, whose weight may be read in either direction."""
+    alpha = node.attributes.get("alpha")
+    if alpha is not None and alpha.as_float() != 1.0:
+        return Refusal("alpha is not 1")
+    if any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB")):
+        return Refusal("the integer kernel does not transpose its activation")
+    if node.attributes.get_int("transB", 0):
+        return shape[1], shape[0], True
     return shape[0], shape[1], False

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, stored, weights
 from qgraph.spec import PerAxis, QuantSpec, Scheme
-from qgraph.targets import cpu_checks, cpu_products
+from qgraph.targets import cpu_checks, cpu_products, cpu_stored
 from qgraph.targets import cpu_costs as costs
 from qgraph.targets.base import Kernel, Output, Refusal
 
@@ -27,8 +27,10 @@ _NO_KERNEL = "onnxruntime's CPU provider has no integer kernel for {}"
 
 def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     """The kernel for `node` in one scheme, or why it has none."""
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx") and not weights.is_product(node):
         return Refusal(f"operator of domain {node.domain!r}")
+    if stored.is_stored(scheme.weight.format):
+        return cpu_stored.find(node, scheme)
     if not scheme.static:
         return cpu_products.find(node, scheme)
     entry = _TABLE.get(node.op_type)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, ternary, weights
 from qgraph.formats import INT8
 from qgraph.spec import PerAxis, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_checks
@@ -24,11 +24,12 @@ _LONGEST_SUM = (2**31 - 1) // (255 * 127)
 
 # Seconds that a byte less on disk and in memory is worth: a table of 10 MB may cost 5 us.
 _BYTE = 5e-13
+_PICKED = 50_000
 
 
 def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     """The kernel for `node` in a dynamic or weight-only scheme, or why it has none."""
-    if node.op_type in ("MatMul", "Gemm"):
+    if weights.is_product(node):
         return _product(node, scheme)
     if node.op_type == "LSTM":
         return _lstm(node, scheme)
@@ -51,7 +52,12 @@ def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     rows = cpu_checks.rows(node.inputs[0], inner)
     plain = costs.matmul(rows, inner, columns).in_float
     if not scheme.dynamic:
-        return _blocks(scheme, rows, inner, columns, transposed, plain)
+        # What is ternary already needs no more than two bits, in whatever scheme.
+        grid = ternary.grid_of(node.inputs[1])
+        spec = scheme.weight if grid is None else grid.spec(1 if transposed else 0)
+        return _blocks(scheme, spec, rows, inner, columns, transposed, plain)
+    if node.op_type == "FusedMatMul":
+        return Refusal("its weight is read transposed; the dynamic integer product takes it as it lies")
     if inner > _LONGEST_SUM:
         return Refusal(f"a sum of {inner} products may leave int32")
     # One row is bound by the weights' bytes, and finding its range is next to nothing.
@@ -69,21 +75,24 @@ def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     )
 
 
-def _blocks(scheme: Scheme, rows: int, inner: int, columns: int, transposed: bool, plain: float) -> Kernel | Refusal:
-    granularity = scheme.weight.granularity
+def _blocks(
+    scheme: Scheme, weight: QuantSpec, rows: int, inner: int, columns: int, transposed: bool, plain: float
+) -> Kernel | Refusal:
+    granularity = weight.granularity
     assert isinstance(granularity, PerBlock), "weight-only kernels take blocks"
     if inner < granularity.size:
         return Refusal(f"its {inner} rows are less than one block of {granularity.size}")
-    saved = _BYTE * inner * columns * (4 - scheme.bits / 8)
+    bits = weight.format.storage.bitwidth
+    saved = _BYTE * inner * columns * (4 - bits / 8)
     return Kernel(
         ("MatMulNBits",),
         {},
-        weight=(1, replace(scheme.weight, granularity=PerBlock(1 if transposed else 0, granularity.size))),
+        weight=(1, replace(weight, granularity=PerBlock(1 if transposed else 0, granularity.size))),
         output=Output.FLOAT,
         form=Form.WEIGHTS,
         scheme=scheme.name,
         float_seconds=plain,
-        integer_seconds=costs.blocks(rows, inner, columns, scheme.bits, granularity.size) - saved,
+        integer_seconds=costs.blocks(rows, inner, columns, bits, granularity.size) - saved,
     )
 
 
@@ -97,7 +106,8 @@ def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     shape = graph.run_shape(table) or ()
     if node.attributes.get_int("axis", 0) or len(shape) != 2:
         return Refusal("only rows of a table with two dimensions are picked from int8")
-    picked = costs.elements(node.outputs[0])
+    # A language model picks one row at a time, however long the prompts in the data are.
+    picked = min(costs.elements(node.outputs[0]), _PICKED)
     return Kernel(
         ("Gather",),
         {},

@@ -1,0 +1,158 @@
+"""Greedy generation with a cache of keys and values, by an original and its optimized form: same words, how fast?
+
+    python tools/generate.py ORIGINAL OTHER [--data prompts.npz] [--prompt 32] [--tokens 64]
+
+Both continue the same prompts, token by token, each reading the cache that it wrote. Shown are the share of tokens that
+are equal, with the first difference of each prompt; the same share where the other is given the original's tokens at
+each step, so that one difference does not make all that follow differ; and tokens per second of prompt and generation,
+in alternating blocks, one live session at a time, at each number of threads. Prompts are `input_ids` of an .npz file,
+or random tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from qgraph import modelio
+from qgraph.decoding import Decoder
+from qgraph.feeds import inputs_of
+from qgraph.session import Session, SessionOptions
+from qgraph.synthetic import table_rows
+
+_FILE = click.Path(path_type=Path, exists=True)
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclasses.dataclass
+class Generator:
+    """A decoder file and how its outputs become inputs."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        model = modelio.read(self.path)
+        found = Decoder.of(inputs_of(model))
+        if found is None:
+            raise click.ClickException(f"{self.path} takes no cache of keys and values, or more than one knows of.")
+        self.decoder = found
+        ids = next(v for v in model.graph.inputs if v.name == found.ids.name)
+        self.vocabulary = table_rows(ids) or 0
+        outputs = [str(v.name) for v in model.graph.outputs]
+        presents = [name for name in outputs if "present" in name or "cache" in name]
+        # Exporters write the caches in the same order on both sides.
+        if len(presents) != len(found.caches):
+            raise click.ClickException(f"{self.path} gives {len(presents)} caches, but takes {len(found.caches)}.")
+        self.caches = dict(zip(presents, [spec.name for spec in found.caches], strict=True))
+        self.logits = next(name for name in outputs if name not in presents)
+
+    def start(self, prompt: NDArray[np.integer[Any]]) -> Feeds:
+        """Feeds of a prompt [1, tokens]."""
+        return self.decoder.complete({self.decoder.ids.name: prompt.astype(self.decoder.ids.dtype)})
+
+    def run(self, session: Session, feeds: Feeds) -> tuple[NDArray[Any], Feeds]:
+        """(logits of the last token, the cache)."""
+        outputs = session.run(feeds)
+        return outputs[self.logits][0, -1], {name: outputs[key] for key, name in self.caches.items()}
+
+    def after(self, token: int, cache: Feeds) -> Feeds:
+        """Feeds of one more token."""
+        ids = self.decoder.ids
+        return self.decoder.complete({ids.name: np.array([[token]], ids.dtype), **cache})
+
+    def generate(
+        self, session: Session, prompt: NDArray[np.integer[Any]], count: int, forced: list[int] | None = None
+    ) -> tuple[list[int], float, float]:
+        """(greedy tokens, seconds of the prompt, seconds of the rest); `forced` tokens are read in place of its own."""
+        start = time.perf_counter()
+        logits, cache = self.run(session, self.start(prompt))
+        tokens = [int(logits.argmax())]
+        middle = time.perf_counter()
+        while len(tokens) < count:
+            read = tokens[-1] if forced is None else forced[len(tokens) - 1]
+            logits, cache = self.run(session, self.after(read, cache))
+            tokens.append(int(logits.argmax()))
+        return tokens, middle - start, time.perf_counter() - middle
+
+
+def _prompts(data: Path | None, first: Generator, count: int, length: int) -> list[NDArray[np.integer[Any]]]:
+    if data is None:
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, first.vocabulary, (1, length)) for _ in range(count)]
+    with np.load(data) as stored:
+        ids = stored[first.decoder.ids.name]
+    return [ids[i : i + 1, :length] for i in range(min(count, len(ids)))]
+
+
+@click.command(help=(__doc__ or "").splitlines()[0])
+@click.argument("original", type=_FILE)
+@click.argument("other", type=_FILE)
+@click.option("--data", type=_FILE, help="Prompts: input_ids of an .npz file.")
+@click.option("--prompts", "count", default=4, show_default=True, help="Number of prompts compared.")
+@click.option("--prompt", "length", default=32, show_default=True, help="Tokens of a prompt.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--threads", multiple=True, default=(1, 2), show_default=True, help="Intra-op threads.")
+@click.option("--blocks", default=3, show_default=True, help="Pairs of timed blocks; 0 does not time.")
+def main(
+    original: Path, other: Path, data: Path | None, count: int, length: int, tokens: int, threads: tuple[int, ...],
+    blocks: int,
+) -> None:  # fmt: skip
+    """Compare and time two decoders."""
+    first, second = Generator(original), Generator(other)
+    prompts = _prompts(data, first, count, length)
+    expected = _texts(first, prompts, tokens)
+    free, forced = _texts(second, prompts, tokens), _texts(second, prompts, tokens, expected)
+    same, held = (np.mean([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(expected, found, strict=True)])
+                  for found in (free, forced))  # fmt: skip
+    where = [next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a != b), None)
+             for p in zip(expected, free, strict=True)]  # fmt: skip
+    console = Console(width=120)
+    console.print(f"{len(prompts)} prompts of {length} tokens, {tokens} generated: {same:.1%} equal, first difference "
+                  f"at {', '.join('none' if at is None else str(at) for at in where)}")  # fmt: skip
+    console.print(f"given the original's tokens: {held:.1%} equal")
+    if not blocks:
+        return
+    table = Table("threads", "prompt, tokens/s", "", "gain", "generated, tokens/s", "", "gain", "range")
+    for number in threads:
+        pairs = [_timed(first, second, prompts[0], tokens, number, turn) for turn in range(blocks)]
+        times = np.array(pairs)  # [pairs, model, part]
+        ratio = times[:, 0] / times[:, 1]
+        rates = np.median(np.array([prompts[0].shape[1], tokens - 1]) / times, axis=0)
+        gain = np.median(ratio, axis=0)
+        table.add_row(
+            str(number), *(f"{r:.1f}" for r in rates[:, 0]), f"{gain[0]:.2f}x", *(f"{r:.1f}" for r in rates[:, 1]),
+            f"{gain[1]:.2f}x", f"{ratio[:, 1].min():.2f}-{ratio[:, 1].max():.2f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _texts(
+    one: Generator, prompts: list[NDArray[np.integer[Any]]], tokens: int, forced: list[list[int]] | None = None
+) -> list[list[int]]:
+    with Session(one.path, SessionOptions()) as session:
+        return [one.generate(session, p, tokens, forced[i] if forced else None)[0] for i, p in enumerate(prompts)]
+
+
+def _timed(
+    first: Generator, second: Generator, prompt: NDArray[np.integer[Any]], tokens: int, threads: int, turn: int
+) -> list[tuple[float, float]]:
+    """(seconds of the prompt, seconds of the rest) of both, in turns which comes first."""
+    found: dict[int, tuple[float, float]] = {}
+    for at in (0, 1) if turn % 2 == 0 else (1, 0):
+        one = (first, second)[at]
+        with Session(one.path, SessionOptions(threads=threads)) as session:
+            one.generate(session, prompt, 3)
+            found[at] = one.generate(session, prompt, tokens)[1:]
+    return [found[0], found[1]]
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 
 from qgraph.builder import digest
 from qgraph.errors import AuditError, DataError, ExecutionError, ModelError, NothingQuantizedError
-from qgraph.job import Job
 from qgraph.judge import Verdict
-from qgraph.options import Options
+from qgraph.race import Race
 from qgraph.report import Budget, Fidelity, OutputError
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
@@ -506,7 +506,7 @@ def test_where_nothing_pays_by_estimate_the_clock_is_asked():
     assert found[1].saved == 0.0 and found[1].name.startswith("all layers")
 
 
-def test_the_clock_is_not_asked_between_the_same_kernels(monkeypatch):
+def test_the_clock_is_not_asked_between_the_same_kernels():
     """Two ways to scale channels give the same kernels: what differs is noise of the clock, and the loss."""
     saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-3)])
     search, _, _ = searched(saved, noise, 1.0)
@@ -514,10 +514,18 @@ def test_the_clock_is_not_asked_between_the_same_kernels(monkeypatch):
     fast = best_of(search)
     trials["twin"] = dataclasses.replace(fast, name="twin", strain=2 * fast.strain)
     asked = []
-    job = Job.__new__(Job)
-    job.options = Options(bench_seconds=1.0)
-    monkeypatch.setattr(job, "_timed", lambda _, key: asked.append(key) or trials[key].speed.update({"1": 2.0}), False)
+
+    class Clock:
+        seconds = 1.0
+
+        def measure(self, runnable):
+            asked.append(runnable)
+            return []
+
+    class Report:
+        notes: ClassVar = []
+
     keys = [key for key in search.within() if trials[key].assignment]
     assert keys[-1] == "twin" and len(keys) == 2
-    best, _ = job._fastest(search, keys)
-    assert best == keys[0] and asked == [keys[0]]
+    best, _ = Race(Clock(), Report()).fastest(search, keys)
+    assert best == keys[0] and len(asked) == 1

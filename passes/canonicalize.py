@@ -66,7 +66,11 @@ class Canonicalize(ir.passes.InPlacePass):
         common.RemoveUnusedNodesPass()(model)
         common.TopologicalSortPass()(model)
         _name_nodes(model)
+        omitted = [v for node in model.graph.all_nodes() for v in node.outputs if v.name == ""]
         common.NameFixPass()(model)
+        for value in omitted:
+            # An output with a name is asked for, and computed.
+            value.name = ""
         _infer(model)
         return ir.passes.PassResult(model, True)
 

@@ -219,6 +219,7 @@ class Builder:
                 model, before = self.original.clone(), []
                 pipeline = registry.pipeline(wanted.pipeline)(self._priced(prices, wanted))
             model = pipeline(model).model
+            self.refused.update(outcome.overflowing(pipeline.steps, self.context.target.half))
             if not wanted.parts:
                 self._explain(model)
             assignment = _assignment(model)

@@ -37,6 +37,7 @@ _CONTRIBUTED = frozenset(
     }
 )
 """Operators of the runtime's own that take halves wherever they take floats."""
+_MISPLACED = frozenset({"SimplifiedLayerNormalization"})
 _INTEGER = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 _BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _NAMES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
@@ -95,7 +96,7 @@ def refusal(node: ir.Node, kind: ir.DataType, opset: int) -> str | None:
     """
     if node.op_type in _BODIES:
         return None
-    if node.domain not in ("", "ai.onnx"):
+    if node.domain not in ("", "ai.onnx") or contributed(node):
         return (
             None if contributed(node) else f"it is not known whether {node.domain}.{node.op_type} takes {_NAMES[kind]}"
         )
@@ -116,7 +117,9 @@ def refusal(node: ir.Node, kind: ir.DataType, opset: int) -> str | None:
 
 def contributed(node: ir.Node) -> bool:
     """Whether `node` is one of the runtime's own operators that take and make one float type."""
-    return node.domain == "com.microsoft" and node.op_type in _CONTRIBUTED
+    # Some exporters put operators of the runtime's own into the default domain, and the runtime takes them.
+    theirs = node.domain == "com.microsoft" or (node.domain == "" and node.op_type in _MISPLACED)
+    return theirs and node.op_type in _CONTRIBUTED
 
 
 def inputs(node: ir.Node, kind: ir.DataType, opset: int) -> frozenset[int]:

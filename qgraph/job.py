@@ -27,7 +27,7 @@ from qgraph.report import Budget, Report, Sensitivity
 from qgraph.rules import FLOAT
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
-from qgraph.session import Feeds
+from qgraph.session import HOST, Feeds
 from qgraph.targets import WEIGHTS, Target
 from qgraph.trials import Trials
 
@@ -98,7 +98,7 @@ class Job:
         parts = self.divide(source, evaluation)
         calibrate, held, tested = parts.calibrate, parts.search, parts.final
         self._look(held)
-        if self.options.bench_seconds > 0 and self.options.target != "cpu":
+        if self.options.bench_seconds > 0 and self.options.target != "cpu" and self.target.provider == HOST:
             here = registry.target("cpu").name
             if here != self.target.name:
                 self.report.notes.append(f"Times are this machine's, which is {here}, not those of {self.target.name}.")

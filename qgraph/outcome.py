@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 from qgraph import audit, graph
-from qgraph.report import NodeReport
+from qgraph.report import NodeReport, Step
 from qgraph.stored import REACH, Reach
 from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel
 from qgraph.ternary import EXACT
 
-__all__ = ["nodes", "not_chosen", "notes"]
+__all__ = ["nodes", "not_chosen", "notes", "overflowing"]
 
 _NAMED = 4
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
@@ -97,3 +99,8 @@ def not_chosen(model: ir.Model, found: audit.Audit) -> dict[tuple[str, str], str
 def _reads(node: ir.Node, constant: str) -> bool:
     makers = [value.producer() for value in node.inputs if value is not None]
     return any(m is not None and m.inputs and m.inputs[0] is not None and m.inputs[0].name == constant for m in makers)
+
+
+def overflowing(steps: Iterable[Step], half: str | None) -> dict[tuple[str, str], str]:
+    """What was seen to reach too far for 16 bits, with the reason, as refusals: it would do so again."""
+    return {(name, half or ""): why for step in steps if step.name == "ToHalf" for name, why in step.refused.items()}

@@ -247,5 +247,6 @@ def _half(context: Context) -> list[ir.passes.PassBase]:
     """Floats of 16 bits where the target computes in them, but for what was planned to stay as it is."""
     if context.target.half is None or not context.scheme.parts:
         return []
-    data = (context.data, context.folder, context.budget)
+    # Caches in codes are no floats that the data could be run with.
+    data = (context.data if context.cache is None else None, context.folder, context.budget)
     return [ToHalf(context.target.half, None, True, *data, planned=True)]

@@ -23,7 +23,9 @@ from qgraph.block_rounding import damped, round_blocks
 from qgraph.block_scales import Codes, Levels, searched
 from qgraph.blocks import BLOCKS, Blocks
 from qgraph.data import Dataset
+from qgraph.errors import QuantizationError
 from qgraph.formats import BINARY, TERNARY
+from qgraph.outcome import LATE
 from qgraph.spec import PerBlock, QuantSpec
 from qgraph.streams import Streams
 from qgraph.targets import KERNEL, Form, Kernel
@@ -32,7 +34,7 @@ __all__ = ["RoundBlocks"]
 
 _DAMPING = 0.05
 """Share of the mean power of the inputs that is added to each: what the data has not shown may still happen."""
-_LATE = "the time limit was reached before its codes were learned: they are rounded to nearest"
+_LATE = f"{LATE} before its codes were learned: they are rounded to nearest"
 _ROWS = 1024
 """Rows whose products are summed in float32, before they go into a sum in float64."""
 
@@ -167,6 +169,10 @@ class RoundBlocks(ir.passes.InPlacePass):
                 rows = np.array(array if spec.granularity.axis == 0 else array.T, np.float32, order="C")
                 del array
                 graph.release(weight)
+                if not np.isfinite(rows).all():
+                    raise QuantizationError(
+                        f"Weight {weight.name!r} of {graph.label(node)} is not finite: mend the model."
+                    )
                 if cured is not None:
                     rows += cured @ rows
                 done[weight, spec] = self._rounded(rows, moment, Levels.of(spec)).packed()

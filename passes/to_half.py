@@ -159,10 +159,12 @@ class _Rewriting:
         main = self.model.graph
         readers = {node: self._wanted(node) for node in self.nodes}
         outputs = list(main.outputs)
-        for one in graph.all_graphs(main):
-            if one is not main or not self.parent.keep_io:
-                for value in one.inputs:
-                    self._change(value)
+        # What was in 16 bits before is not ours to change.
+        floats = {value for one in graph.all_graphs(main) for value in one.outputs if value.dtype == _FLOAT}
+        bodies = [(body, node not in self.kept) for node in self.nodes for body in _bodies(node)]
+        for one in [*(body for body, halved in bodies if halved), *([] if self.parent.keep_io else [main])]:
+            for value in one.inputs:
+                self._change(value)
         for node in self.nodes:
             if node not in self.kept:
                 halves.retype(node, self.kind, self.format.highest)
@@ -173,12 +175,14 @@ class _Rewriting:
                 read = node.inputs[position]
                 if read is not None:
                     node.replace_input_with(position, self._in(read, kind))
-        for one in graph.all_graphs(main):
-            if one is not main:
-                for position, value in enumerate(one.outputs):
-                    if value.dtype in (_FLOAT, self.kind):
-                        one.outputs[position] = self._in(value, self.kind)
+        for body, halved in bodies:
+            for position, value in enumerate(body.outputs):
+                if value in floats:
+                    # Bodies of what stays in float32 meet it in float32.
+                    body.outputs[position] = self._in(value, self.kind if halved else _FLOAT)
         for position, value in enumerate(outputs):
+            if value not in floats:
+                continue
             if value.dtype == self.kind and self.parent.keep_io:
                 self._keep_output(position, value)
             elif value.dtype == _FLOAT and not self.parent.keep_io:
@@ -277,3 +281,14 @@ class _Rewriting:
         value.name = graph.fresh_name(f"{name}_fp32", self.names)
         result.name = name
         self.model.graph.outputs[position] = result
+
+
+def _bodies(node: ir.Node) -> list[ir.Graph]:
+    """The bodies of an If, Loop or Scan."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found

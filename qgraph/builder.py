@@ -146,13 +146,14 @@ class Builder:
         return found
 
     def layers(self) -> dict[tuple[str, str], float]:
-        """Prices at which every layer with weights gets calibrated ranges, whatever that is said to cost."""
+        """Prices at which layers with weights are quantized, whatever that costs; of several, the calibrated."""
+        one = len(self.context.scheme.parts) == 1
         rules = self.rules()
         return {
             (node.name or "", scheme): -1.0
             for node in self.prepared.graph
             for scheme, kernel in rules.kernels(node)[0].items()
-            if kernel.form is Form.QDQ and kernel.weight is not None
+            if kernel.weight is not None and (one or kernel.form is Form.QDQ)
         }
 
     def rules(self) -> Rules:

@@ -95,7 +95,7 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
 @click.option("--eval", "evaluation", help="Data to judge the result on; by default a part of --data is held back.")
 @_common
 @click.option("--scheme", default="auto", show_default=True, help="The numbers to use; see `qgraph targets`.")
-@click.option("--max-loss", help="What the metric may lose: 1% of its value, or 0.5 points.  [default: 1%]")
+@click.option("--max-loss", help="What the metric may lose: 1% of its value, or 0.5 points.  [default: 1%; 5% of kl]")
 @click.option(
     "--metric",
     help="cosine, agreement, kl, bits, perplexity, top1, top5 (which need labels), or package.module:function.",

@@ -87,7 +87,8 @@ class Folded:
     def reshape(self, value: ir.Value, *shape: int) -> ir.Value:
         """The same numbers in another shape."""
         assert value.dtype is not None
-        return self.node("Reshape", [value, self.constant(np.array(shape, np.int64), "shape")], value.dtype, shape)
+        known = None if -1 in shape else shape
+        return self.node("Reshape", [value, self.constant(np.array(shape, np.int64), "shape")], value.dtype, known)
 
     def first(self, value: ir.Value, count: int, axis: int = 0) -> ir.Value:
         """The first `count` along an axis."""

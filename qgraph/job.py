@@ -34,6 +34,8 @@ from qgraph.trials import Trials
 __all__ = ["Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
+_AUTO = "auto"
+_NOTHING = "Scheme {!r} quantizes nothing here: what is written is the float graph, rewritten. The reasons stand above."
 _ELSEWHERE = (
     "The installed onnxruntime has no {}: numbers were checked on its CPU provider, and neither the target's own "
     "kernels nor its speed."
@@ -112,9 +114,11 @@ class Job:
         built, verdict = self._chosen(builder, judge, final)
         self.report.fidelity = verdict.fidelity
         self.report.nodes, self.report.steps = built.nodes, built.steps
-        self.report.notes += outcome.notes(built.model)
+        self.report.notes += outcome.notes(built.model, built.steps)
         if not built.assignment:
             self.report.nodes = builder.explained(built)
+            if self.scheme.name != _AUTO and self.scheme.parts:
+                self.report.notes.append(_NOTHING.format(self.scheme.name))
         self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
         try:
             self._details(built, builder, final)

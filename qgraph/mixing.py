@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, weights
 from qgraph.errors import OptionError
 from qgraph.rules import Rules
 from qgraph.spec import PerBlock
@@ -82,10 +82,12 @@ def choices(
         count += math.prod(shape)
         common = [name for name in readers[0][1] if all(name in kernels for _, kernels in readers)]
         names = tuple(node.name or "" for node, _ in readers)
+        # A table that a product reads, too, is stored in the product's blocks.
+        kernels = next((k for node, k in readers if weights.is_product(node)), readers[0][1])
         found[names] = [
             Choice(
                 scheme,
-                stored_bits(shape, readers[0][1][scheme]),
+                stored_bits(shape, kernels[scheme]),
                 sum(noises.get((name, scheme), 0.0) for name in names),
             )
             for scheme in common

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qgraph.errors import ExternalDataError, ModelError, OptionError, first_line
+from qgraph.errors import ExternalDataError, ModelError, OptionError, QGraphError, first_line
 from qgraph.session import max_ir_version
 from qgraph.staged import Staged
 
@@ -210,14 +210,14 @@ def _data_name(destination: Path, avoid: Collection[Path]) -> str:
 
 
 def _take_in(model: ir.Model, least: int | None = None) -> None:
-    """Read external weights of less than `least` bytes (None for all) into memory, in place.
+    """Read external weights of at most `least` bytes (None for all) into memory, in place.
 
     Small ones are written into the model's own file, for which they must not be mapped.
     """
     for graph in (model.graph, *model.graph.subgraphs()):
         for value in graph.initializers.values():
             tensor = value.const_value
-            if isinstance(tensor, ir.ExternalTensor) and (least is None or tensor.nbytes < least):
+            if isinstance(tensor, ir.ExternalTensor) and (least is None or tensor.nbytes <= least):
                 value.const_value = ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name)
                 # A view of it that someone holds keeps it mapped, which costs address space only.
                 with contextlib.suppress(BufferError):
@@ -269,4 +269,10 @@ def stage(
         )
     except OSError as error:
         raise ModelError(f"Cannot write {str(destination)!r}: {os.strerror(error.errno or 0)}.") from error
+    except ir.serde.SerdeError as error:
+        # Lazy weights are computed as they are written; what is wrong with one is said at the bottom.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, QGraphError):
+            cause = cause.__cause__
+        raise cause or error from error
     return Staged(path, destination)

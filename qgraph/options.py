@@ -143,6 +143,8 @@ class Options:
             self.block_size,
             self.pack,
             self.bits_per_weight,
+            self.kv_cache,
+            self.time_limit,
         )
 
     def limits(self, language: bool = False) -> list[Limit]:

@@ -12,8 +12,10 @@ from qgraph.stored import REACH, Reach
 from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel
 from qgraph.ternary import EXACT
 
-__all__ = ["nodes", "not_chosen", "notes", "overflowing"]
+__all__ = ["LATE", "nodes", "not_chosen", "notes", "overflowing"]
 
+LATE = "the time limit was reached"
+"""How the reason begins that a pass gives for what it had no time for."""
 _NAMED = 4
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
@@ -45,8 +47,9 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
     return reports
 
 
-def notes(model: ir.Model) -> list[str]:
+def notes(model: ir.Model, steps: Iterable[Step]) -> list[str]:
     """What a reader should know of the weights."""
+    late = [name for step in steps for name, why in step.refused.items() if why.startswith(LATE)]
     exact: dict[str, list[str]] = {}
     kept: dict[str, list[ir.Node]] = {}
     for node in model.graph:
@@ -57,7 +60,13 @@ def notes(model: ir.Model) -> list[str]:
             exact.setdefault(kernel.weight[1].format.name, []).append(str(node.name))
         if kernel.form is Form.STORED:
             kept.setdefault(kernel.scheme, []).append(node)
-    return [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
+    told = [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
+    if late:
+        told.append(
+            f"{LATE.capitalize()} before the codes of {len(late)} weights were learned: they are rounded to nearest, "
+            "so the result depends on this machine's speed. A longer --time-limit learns them all."
+        )
+    return told
 
 
 def _exact(kind: str, names: list[str]) -> str:

@@ -119,9 +119,12 @@ def _pair(
         bias = bias or (twin.inputs[2] if len(twin.inputs) > 2 else None)
         if bias is not None and bias.const_value is not None:
             expected += np.asarray(bias.const_value.numpy(), np.float32).reshape(-1)
-    with Session(_alone(node), options, folder) as session:
+    alone = _alone(node)
+    if alone.graph.inputs[0].dtype == ir.DataType.FLOAT16:
+        source = source.astype(np.float16)
+    with Session(alone, options, folder) as session:
         result = next(iter(session.run({_INPUT: source}).values()))
-    return expected, result.reshape(expected.shape)
+    return expected, result.reshape(expected.shape).astype(np.float32)
 
 
 def _strips(node: ir.Node) -> Strips:
@@ -173,10 +176,12 @@ def _alone(node: ir.Node) -> ir.Model:
     assert x is not None
     table = node.op_type in ("Gather", "GatherBlockQuantized")
     x.name, x.const_value = _INPUT, None
-    x.type = ir.TensorType(ir.DataType.INT64 if table else ir.DataType.FLOAT)
+    scales = node.inputs[2] if node.op_type == "MatMulNBits" else None
+    kind = ir.DataType.FLOAT if scales is None or scales.dtype is None else scales.dtype
+    x.type = ir.TensorType(ir.DataType.INT64 if table else kind)
     x.shape = ir.Shape([None] if table else [None, None])
     result = made[-1].outputs[0]
-    result.type = ir.TensorType(ir.DataType.FLOAT)
+    result.type = ir.TensorType(kind)
     owner = node.graph
     imports = dict(owner.opset_imports) if owner is not None else {}
     whole = ir.Graph([x], [result], nodes=made, initializers=constants, opset_imports=imports, name="part")
@@ -185,12 +190,11 @@ def _alone(node: ir.Node) -> ir.Model:
 
 def _whole(node: ir.Node) -> list[ir.Node]:
     """`node` between what prepares its constants and what makes numbers of the codes that it picks."""
-    before = [
-        maker
-        for value in node.inputs
-        if value is not None and (maker := value.producer()) is not None
-        and all(one is not None and one.const_value is not None for one in maker.inputs)
-    ]  # fmt: skip
+    before: list[ir.Node] = []
+    for value in node.inputs:
+        for maker in _makers(value) or ():
+            if maker not in before:
+                before.append(maker)
     if node.op_type != "Gather":
         return [*before, node]
     # Rows in int8: Mul(Cast(Gather(codes)), Gather(scales)).
@@ -199,3 +203,19 @@ def _whole(node: ir.Node) -> list[ir.Node]:
     other = next(v.producer() for v in product.inputs if v is not None and v.producer() is not cast)
     assert other is not None
     return [*before, node, cast, other, product]
+
+
+def _makers(value: ir.Value | None) -> list[ir.Node] | None:
+    """The nodes that compute `value` from constants alone, in order; None where there is more to it."""
+    if value is None or value.const_value is not None:
+        return []
+    maker = value.producer()
+    if maker is None:
+        return None
+    found: list[ir.Node] = []
+    for one in maker.inputs:
+        before = _makers(one)
+        if before is None:
+            return None
+        found += [node for node in before if node not in found]
+    return [*found, maker]

@@ -32,6 +32,7 @@ _KEPT = 3
 _LEARNING = 0.3
 _MEASURING = 0.4
 _WORTH = 0.8
+_LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
 _HOPELESS = 2.5
 """Times the allowed loss that learned roundings will not make up for: they gain 1 to 2 dB where they gain."""
 FLOAT = "fp32"
@@ -77,7 +78,6 @@ class Search:
             # What an earlier search knew of times is not known here.
             trial.saved, trial.speed = self._sum(trial.assignment), {}
         self._longest = 0.0
-        # The clock has no say in what is tried, as long as there is time.
         self._limit = deadline - time.monotonic()
         self._unlimited = unlimited
         self._glance = glance
@@ -149,11 +149,11 @@ class Search:
             trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", self._forced)
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant == "explicit" else 1.0
-            if trial is None and self.builder.calibrated:
+            if trial is None:
                 # By the estimates nothing pays. They are rough where all is small, so the clock is asked.
                 trial = self._try(0.0, f"all layers, {variant}", self.builder.layers())
                 if trial is not None:
-                    trial.saved = max(trial.saved, 0.0)
+                    trial.saved = max(trial.saved, 0.0 if self.builder.calibrated else _LEAST_SAVED)
             if trial is not None and (best is None or trial.strain < worth * best.strain):
                 best = trial
         if best is not None:

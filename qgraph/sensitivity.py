@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from qgraph import graph, stored, ternary, weights
 from qgraph.calibration import CHANNELS, SAMPLE
+from qgraph.errors import QuantizationError
 from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
 from qgraph.rules import Rules
@@ -117,6 +118,10 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32]) -> tuple
     position, spec = kernel.weight
     weight = graph.constant(node.inputs[position])
     assert weight is not None
+    if not np.isfinite(weight).all():
+        raise QuantizationError(
+            f"The weight of {graph.label(node)} is not finite: mend the model, or keep it in float."
+        )
     rows = sample.reshape(len(sample), -1)
     if kernel.form is Form.WEIGHTS and isinstance(spec.granularity, PerBlock):
         # The operator rounds rows in blocks as long as those of the weights, to eight bits whatever theirs are.

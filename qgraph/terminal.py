@@ -161,7 +161,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
 def _show_nodes(console: Console, nodes: list[NodeReport], more: str) -> None:
     integer = Counter(f"{n.op_type} as {n.kernel}" if n.kernel != n.op_type else n.op_type for n in nodes if n.kernel)
     listing = ", ".join(f"{count} {what}" for what, count in integer.most_common())
-    console.print(Text.assemble((f"{sum(integer.values())} nodes in integers: ", "bold"), listing or "none"))
+    console.print(Text.assemble((f"{sum(integer.values())} nodes quantized: ", "bold"), listing or "none"))
     reasons = Counter((n.op_type, n.reason or "") for n in nodes if n.kernel is None)
     console.print(Text(f"{sum(reasons.values())} nodes in float:", style="bold"))
     table = _grid("r", "l", "l")

@@ -14,7 +14,8 @@ from qgraph.errors import OptionError
 from qgraph.job import Job
 from qgraph.modelio import Staged
 from qgraph.report import Sensitivity
-from qgraph.targets import KERNEL
+from qgraph.spec import Mixture
+from qgraph.targets import KERNEL, WEIGHTS
 from qgraph.words import decibels
 
 __all__ = ["run"]
@@ -34,6 +35,11 @@ def run(job: Job, source: DataSource | None, evaluation: DataSource | None) -> S
         raise OptionError(
             f"Evaluation data is for a run of the whole model: leave it out, or say --check {checks.WHOLE}."
         )
+    if isinstance(job.scheme, Mixture) and job.scheme.name == WEIGHTS and job.options.bits_per_weight is None:
+        raise OptionError(
+            f"Scheme {WEIGHTS!r} finds the fewest bits that keep a budget, which nothing is held to with --check "
+            f"{job.check}: say which bits, as --scheme int4, or --check {checks.WHOLE}."
+        )
     start = time.perf_counter()
     report, proved = job.report, job.check == checks.PARTS
     data = job.divide(source, None).calibrate if source is not None else None
@@ -41,7 +47,7 @@ def run(job: Job, source: DataSource | None, evaluation: DataSource | None) -> S
     builder.audit = part_checks.audit_graph if proved else part_checks.assumed
     built = builder.build(learn=data is not None)
     report.nodes, report.steps = built.nodes, built.steps
-    report.notes += outcome.notes(built.model)
+    report.notes += outcome.notes(built.model, built.steps)
     report.calibration_samples = data.count() if data is not None else 0
     report.budget = None
     if proved:
@@ -66,7 +72,7 @@ def _told(found: list[Sensitivity], count: int) -> str:
         "its speed. Its graph loads, in the planned kernels"
     )
     if not found:
-        return whole + "."
+        return f"{whole}; none of its {count} quantized nodes was run by itself, which is for weights in blocks."
     levels = [-10 * math.log10(one.noise) if one.noise > 0 else math.inf for one in found]
     worst = ", ".join(f"{one.node} {decibels(level)}" for one, level in zip(found[:_NAMED], levels, strict=False))
     middle = decibels(sorted(levels)[len(levels) // 2])

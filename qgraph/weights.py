@@ -108,7 +108,10 @@ class Shared(Generic[_T]):
     def _get(self, name: str) -> _T:
         made = self._made
         if made is None:
-            made = self._function(Strips(self._tensor))
+            try:
+                made = self._function(Strips(self._tensor))
+            except QuantizationError as error:
+                raise QuantizationError(f"Weight {self._tensor.name!r} cannot be quantized: {error}") from error
         self._taken.add(name)
         # Kept until each part has been asked for once.
         self._made = made if len(self._taken) < self._parts else None

@@ -74,7 +74,7 @@ GOOD = ("--data", "data.npz", *QUIET)
 def test_optimize(work, model_kit, data):
     found = run("optimize", "m.onnx", "out.onnx", "--data", data, *QUIET, "--report", "r.json")
     assert found.exit_code == 0, found.output
-    assert "2 nodes in integers: 2 Gemm as QGemm" in found.output
+    assert "2 nodes quantized: 2 Gemm as QGemm" in found.output
     assert "dB" in found.output and "0 nodes in float" in found.output
     onnx.checker.check_model(onnx.load("out.onnx"))
     plain = json.loads((work / "r.json").read_text())
@@ -126,7 +126,7 @@ def test_inspect(work):
     found = run("inspect", "m.onnx")
     assert found.exit_code == 0, found.output
     assert "opset 21" in found.output and "2 Gemm" in found.output and "image" in found.output
-    assert re.search(r"nodes in integers:.*2 Gemm as QGemm", found.output)
+    assert re.search(r"nodes quantized:.*2 Gemm as QGemm", found.output)
     assert "Give --data" in found.output
     assert "Give --data" not in run("inspect", "m.onnx", "--data", "data.npz").output
     assert not list(work.glob(".*"))

@@ -55,6 +55,9 @@ class Builder:
         self.calls, self.learned, self.learning = [], 0, 0.0
         self.variants, self.variant, self.calibrated = ("none",), "none", False
 
+    def layers(self):
+        return {}
+
     def savings(self):
         return dict(self.saved)
 

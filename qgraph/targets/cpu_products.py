@@ -108,6 +108,9 @@ def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         return Refusal("only rows of a table with two dimensions are picked from int8")
     # A language model picks one row at a time, however long the prompts in the data are.
     picked = min(costs.elements(node.outputs[0]), _PICKED)
+    seconds = 1e-9 * (8000 + 0.5 * picked) - _BYTE * 3 * shape[0] * shape[1]
+    # A product that reads the table brings it into blocks; a copy in float would be kept for this node alone.
+    shared = any(weights.is_product(reader) for reader in table.consumers())
     return Kernel(
         ("Gather",),
         {},
@@ -116,7 +119,7 @@ def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         form=Form.WEIGHTS,
         scheme=scheme.name,
         float_seconds=1e-9 * (2000 + 0.1 * picked),
-        integer_seconds=1e-9 * (8000 + 0.5 * picked) - _BYTE * 3 * shape[0] * shape[1],
+        integer_seconds=min(seconds, 0.0) if shared else seconds,
     )
 
 

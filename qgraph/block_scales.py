@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qgraph.blocks import Blocks
 from qgraph.spec import PerBlock, QuantSpec
 
-__all__ = ["Codes", "Levels", "fitted", "searched"]
+__all__ = ["Codes", "Levels", "searched"]
 
 _COLUMNS = 2048
 """Output columns that are fitted at a time, so that a block's arrays stay in the cache."""
@@ -88,18 +88,6 @@ class Codes:
         zero = None if self.levels.middle is not None else self.zero.T
         codes = np.ascontiguousarray(self.codes.T.astype(np.uint8))
         return Blocks.of(codes, self.scale.T, zero, self.levels.bits, self.levels.size)
-
-
-def fitted(weight: NDArray[np.floating], spec: QuantSpec) -> Blocks:
-    """Each block on the grid that leaves the least squared error of its weights; needs no data.
-
-    Args:
-        weight: two dimensions, of which `spec.granularity.axis` is the one that is summed over.
-        spec: integer format of 2, 4 or 8 bits, per block.
-    """
-    assert isinstance(spec.granularity, PerBlock)
-    rows = np.asarray(weight if spec.granularity.axis == 0 else weight.T)
-    return searched(rows, Levels.of(spec)).packed()
 
 
 def searched(weight: NDArray[np.floating], levels: Levels, power: NDArray[np.floating] | None = None) -> Codes:

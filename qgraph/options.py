@@ -144,7 +144,6 @@ class Options:
             self.pack,
             self.bits_per_weight,
             self.kv_cache,
-            self.time_limit,
         )
 
     def limits(self, language: bool = False) -> list[Limit]:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qgraph import blocks
-from qgraph.block_scales import Levels, fitted, searched
+from qgraph.block_scales import Levels, searched
 from qgraph.formats import UINT2, UINT4, Int
 from qgraph.spec import PerBlock, QuantSpec
 
@@ -15,6 +15,12 @@ FORMATS = (UINT4, UINT2, Int(8, narrow=True))
 
 def spec_of(form, size=32, axis=0):
     return QuantSpec(form, PerBlock(axis, size), symmetric=form.signed, observer="minmax")
+
+
+def fitted(weight, spec):
+    """Blocks of the least squared error, all weights counted alike."""
+    rows = weight if spec.granularity.axis == 0 else weight.T
+    return searched(rows, Levels.of(spec)).packed()
 
 
 def heavy(inputs, outputs, seed):

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
-from qgraph.errors import NothingQuantizedError, OptionError, QGraphError, QuantizationError
+from qgraph.errors import OptionError, QuantizationError
 
 QUICK = {"bench_seconds": 0.0}
 
@@ -31,7 +31,7 @@ def test_a_weight_that_is_not_finite_is_named(model_kit):
     samples = [{"x": model_kit.normal(4, 256, seed=i)} for i in range(4)]
     model = product(model_kit, weight)
     for data in (None, samples):
-        with pytest.raises(QGraphError, match=r"y_MatMul|W|finite"):
+        with pytest.raises(QuantizationError, match=r"(?i)weight (of y_MatMul|'W') .*finite"):
             qgraph.optimize(model, data=data, scheme="int4", **QUICK)
 
 
@@ -105,7 +105,3 @@ def test_bodies_of_what_stays_in_float_meet_it_in_float(model_kit):
     samples = [{"c": np.array(True), "x": model_kit.normal(4, 64, seed=i)} for i in range(4)]
     found = qgraph.optimize(model, data=samples, target="cuda", scheme="fp16", force=True, **QUICK)
     assert found.report.fidelity.worst.sqnr > 40
-
-
-def test_errors_are_ours():
-    assert issubclass(NothingQuantizedError, QuantizationError)

@@ -10,6 +10,7 @@ from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
+from qgraph.passes.fix_shapes import FixShapes
 from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
@@ -55,6 +56,7 @@ __all__ = [
     "Equalize",
     "FindTernary",
     "FitRanges",
+    "FixShapes",
     "FoldShapes",
     "FoldWeights",
     "FuseLayers",

@@ -168,7 +168,7 @@ class Annotate(ir.passes.InPlacePass):
             inputs = [value for i in kernel.activations if (value := node.inputs[i]) is not None]
             for position, spec in kernel.activations.items():
                 value = node.inputs[position]
-                if value is not None:
+                if value is not None and (SPEC not in value.meta or value.meta[SPEC].range is None):
                     value.meta[SPEC] = spec
             for value in results[node]:
                 value.meta[SPEC] = kernel.result

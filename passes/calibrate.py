@@ -13,6 +13,8 @@ from qgraph.calibration import OBSERVER
 from qgraph.data import Dataset
 from qgraph.errors import QuantizationError
 from qgraph.observers import Observer
+from qgraph.qparams import from_range
+from qgraph.spec import QuantSpec
 from qgraph.targets import QPARAMS, SPEC, annotated
 
 __all__ = ["Calibrate"]
@@ -71,12 +73,16 @@ class Calibrate(ir.passes.InPlacePass):
             else:
                 groups[key] = observer
         params: dict[tuple[str, object], object] = {}
+        # What shares its parameters with a value of a fixed range has that range.
+        fixed = {str(v.meta.get(GROUP, v.name)): v.meta[SPEC] for v in values if v.meta[SPEC].range is not None}
         for value in values:
-            key, spec = str(value.meta.get(GROUP, value.name)), value.meta[SPEC]
+            key = str(value.meta.get(GROUP, value.name))
+            spec: QuantSpec = fixed.get(key, value.meta[SPEC])
             if key not in groups:
                 raise QuantizationError(f"Value {value.name!r} was annotated but never observed.")
             if (key, spec) not in params:
-                params[key, spec] = groups[key].qparams(spec)
+                reach = spec.range
+                params[key, spec] = groups[key].qparams(spec) if reach is None else from_range(reach[0], reach[1], spec)
             value.meta[QPARAMS] = params[key, spec]
         return ir.passes.PassResult(model, False)
 

@@ -12,7 +12,10 @@ from qgraph.qparams import QParams, from_range, limit_accumulator
 from qgraph.spec import PerAxis, QuantSpec
 from qgraph.targets import KERNEL, QPARAMS, Form, Kernel
 
-__all__ = ["INPUT", "WEIGHT", "CalibrateWeights"]
+__all__ = ["CONSTANTS", "INPUT", "WEIGHT", "CalibrateWeights"]
+
+CONSTANTS = "qgraph.constant_qparams"
+"""Key in `Node.meta`: QParams of the node's further constants, by input position."""
 
 WEIGHT = "qgraph.weight_qparams"
 """Key in `Node.meta`: QParams of the node's weight."""
@@ -21,19 +24,30 @@ INPUT = "qgraph.input_qparams"
 
 
 class CalibrateWeights(ir.passes.InPlacePass):
-    """Writes `Node.meta["qgraph.weight_qparams"]` on every planned node with a weight; reads each weight once."""
+    """Writes `Node.meta["qgraph.weight_qparams"]` on every planned node with a weight; reads each weight once.
+
+    Attributes:
+        refused: layer -> why its weight does not have the scale that PyTorch gives it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
         for node in model.graph:
             kernel: Kernel | None = node.meta.get(KERNEL)
+            if kernel is not None and kernel.constants:
+                read = ((position, node.inputs[position], spec) for position, spec in kernel.constants.items())
+                node.meta[CONSTANTS] = {position: _solve(v, spec)[1] for position, v, spec in read if v is not None}
             if kernel is None or kernel.weight is None:
                 continue
             position, spec = kernel.weight
             weight = node.inputs[position]
             if kernel.form is Form.DYNAMIC and weight is not None and isinstance(spec.granularity, PerAxis):
                 # Without a calibrated range there is none to overflow; the target has looked at the number of terms.
-                node.meta[WEIGHT] = _solve(weight, spec)
+                node.meta[WEIGHT] = _solve(weight, spec)[1]
             if kernel.form is not Form.QDQ:
                 continue
             activation = node.inputs[next(iter(kernel.activations))]
@@ -41,14 +55,27 @@ class CalibrateWeights(ir.passes.InPlacePass):
                 raise QuantizationError(f"The input of {graph.label(node)} has no parameters: calibrate first.")
             node.meta[INPUT] = activation.meta[QPARAMS]
             bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
-            node.meta[WEIGHT] = _solve(weight, spec, node.meta[INPUT], graph.constant(bias))
+            plain, node.meta[WEIGHT] = _solve(weight, spec, node.meta[INPUT], graph.constant(bias), _outputs(node))
+            if spec.torch and plain is not node.meta[WEIGHT]:
+                self.refused[graph.label(node)] = "with the scale that PyTorch gives its weight, int32 would overflow"
         return ir.passes.PassResult(model, False)
 
 
+def _outputs(node: ir.Node) -> int | None:
+    """Axis of the weight along which each slice has an accumulator of its own."""
+    if node.op_type in ("Conv", "MatMul"):
+        return 0 if node.op_type == "Conv" else -1
+    return (0 if node.attributes.get_int("transB", 0) else 1) if node.op_type == "Gemm" else None
+
+
 def _solve(
-    weight: ir.Value, spec: QuantSpec, activation: QParams | None = None, bias: NDArray[np.generic] | None = None
-) -> QParams:
-    """The weight's parameters; without those of the activation, no accumulator is looked at."""
+    weight: ir.Value,
+    spec: QuantSpec,
+    activation: QParams | None = None,
+    bias: NDArray[np.generic] | None = None,
+    outputs: int | None = None,
+) -> tuple[QParams, QParams]:
+    """The weight's parameters by its range, and as they are; without those of the activation, these are the same."""
     array = graph.constant(weight)
     assert array is not None
     axis = spec.granularity.axis % array.ndim if isinstance(spec.granularity, PerAxis) else None
@@ -59,13 +86,15 @@ def _solve(
     if activation is None:
         del array
         graph.release(weight)
-        return params
+        return params, params
     # Elements x the largest of them bounds sum|w|, and mostly suffices; only where it does not, the sum is taken.
     bound = np.maximum(-low, high).astype(np.float64) * (array.size // max(1, low.size))
     solved = limit_accumulator(activation, params, bound, flat)
     if solved is not params:
-        sums = np.abs(array).sum(axis=others if axis is not None else None, dtype=np.float64)
+        if axis is None and outputs is not None:
+            others = tuple(i for i in range(array.ndim) if i != outputs % array.ndim)
+        sums = np.abs(array).sum(axis=others, dtype=np.float64)
         solved = limit_accumulator(activation, params, np.asarray(sums), flat)
     del array
     graph.release(weight)
-    return solved
+    return params, solved

@@ -81,7 +81,7 @@ class FitRanges(ir.passes.InPlacePass):
         values = [value for value in annotated(model.graph) if QPARAMS in value.meta]
         sharing = Counter(str(value.meta.get(GROUP, value.name)) for value in values)
         for value in values:
-            layers = _layers(value)
+            layers = [] if value.meta[SPEC].range is not None else _layers(value)
             if not self.convolutions and any(node.op_type == "Conv" for node in layers):
                 continue
             if layers and sharing[str(value.meta.get(GROUP, value.name))] == 1:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from qgraph.passes.calibrate_weights import INPUT, WEIGHT
+from qgraph.passes.calibrate_weights import CONSTANTS, INPUT, WEIGHT
 from qgraph.passes.round_weights import CODES
 
 from qgraph import graph
@@ -137,7 +137,7 @@ class _Writer:
         if before is None or len(before.consumers()) != 1 or before.is_graph_output():
             return value
         low, high = graph.clip_bounds(maker)
-        bottom, top = params.range
+        bottom, top = params.saturated
         step = float(np.max(params.scale))
         # Rounding the zero point may move the ends by half a step, as much as any value is rounded.
         if low is None or high is None or bottom < low - 0.51 * step or top > high + 0.51 * step:
@@ -195,8 +195,13 @@ class _Writer:
     # -- weights and biases ---------------------------------------------------------------------------------------
 
     def parameters(self, node: ir.Node) -> None:
-        """Quantize the weight and the bias of `node`."""
+        """Quantize the weight, the bias and further constants of `node`."""
         kernel: Kernel = node.meta[KERNEL]
+        constants: dict[int, QParams] = node.meta.get(CONSTANTS, {})
+        for position, found in constants.items():
+            value = node.inputs[position]
+            if value is not None:
+                node.replace_input_with(position, self._weight(node, value, found))
         if kernel.weight is None:
             return
         position, _ = kernel.weight
@@ -204,17 +209,16 @@ class _Writer:
         params: QParams = node.meta[WEIGHT]
         if weight is None:
             return
-        node.replace_input_with(position, self._weight(node, weight, params))
+        node.replace_input_with(position, self._weight(node, weight, params, node.meta.get(CODES)))
         bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
         if bias is not None and kernel.bias is not None:
             array = np.asarray(graph.constant(bias), np.float64).reshape(-1)
             activation: QParams = node.meta[INPUT]
             node.replace_input_with(kernel.bias, self._bias(node, array, bias_scale(activation, params)))
 
-    def _weight(self, node: ir.Node, weight: ir.Value, params: QParams) -> ir.Value:
+    def _weight(self, node: ir.Node, weight: ir.Value, params: QParams, codes: NDArray[Any] | None = None) -> ir.Value:
         """A DequantizeLinear for this reader; the QuantizeLinear is shared by all readers with the same parameters."""
         base = str(weight.name)
-        codes = node.meta.get(CODES)
         key = (weight, params.format, params.axis, params.scale.tobytes(), id(codes))
         if key not in self.weights:
             scale, zero = self.constants(base, params)

@@ -15,6 +15,7 @@ from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
+from qgraph.passes.fix_shapes import FixShapes
 from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
 from qgraph.passes.fuse_layers import FuseLayers
@@ -115,7 +116,9 @@ def static(context: Context) -> Pipeline:
 
 def _rewrite(context: Context) -> list[ir.passes.PassBase]:
     """The same numbers in the graph that the target likes."""
+    fixed = [FixShapes(context.target, context.data)] if context.target.limits.static_shapes else []
     return [
+        *fixed,
         Canonicalize(context.target.min_opset),
         InferTypes(),
         FuseLayers(),
@@ -170,7 +173,7 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
     static = next((part for part in context.scheme.parts if part.static), None)
     # Ranges that are saved are those of the model itself.
     saved = context.ranges is not None or context.save_ranges is not None
-    if context.data is None or static is None or saved or context.smoothing == "none":
+    if context.data is None or static is None or saved or static.torch or context.smoothing == "none":
         return []
     explicit = context.smoothing == "explicit"
     return [Equalize(context.target, static), Smooth(context.target, static, explicit)]
@@ -206,11 +209,13 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         raise OptionError(f"Scheme {context.scheme.name!r} needs calibration data: a few dozen typical inputs.")
     observe: list[ir.passes.PassBase] = []
     learn: list[ir.passes.PassBase] = []
+    # PyTorch's ranges stay as they are observed, and codes the nearest ones.
+    learned = context.learn and not context.scheme.torch
     if context.data is not None:
         data = (context.data, context.folder, context.budget)
         calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
-        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if context.learn else [])]
-        learn = [RoundWeights(*data, context.progress, context.codes)] if context.learn else []
+        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if learned else [])]
+        learn = [RoundWeights(*data, context.progress, context.codes)] if learned else []
         if context.learn or _only_weights(context):
             learn += [
                 RoundBlocks(

@@ -104,8 +104,8 @@ class Builder:
         self.progress = progress
         self.refused: dict[tuple[str, str], str] = {}
         self.measured: dict[tuple[str, str], tuple[float, float]] = {}
-        saved = context.ranges is not None or context.save_ranges is not None
-        # Ranges that are saved are those of the model itself.
+        saved = context.ranges is not None or context.save_ranges is not None or context.scheme.torch
+        # Ranges that are saved, or PyTorch's, are those of the model itself.
         self.variants: tuple[str, ...] = VARIANTS if self.calibrated and not saved else ("none",)
         parts = context.scheme.parts
         if context.data is not None and parts and all(part.activation is None for part in parts):
@@ -267,7 +267,7 @@ class Builder:
 
     def learning_seconds(self) -> float:
         """About how long learned roundings would take; 0 where there is nothing to learn from."""
-        if not self.calibrated:
+        if not self.calibrated or self.context.scheme.torch:
             return 0.0
         work = 0.0
         for node in self.prepared.graph:

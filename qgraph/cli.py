@@ -12,12 +12,15 @@ from rich.console import Console
 
 import qgraph
 from qgraph import bench as timing
-from qgraph import checks, config, html, inspection, modelio, observers, ranking, registry, terminal
+from qgraph import checks, config, elsewhere, html, inspection, modelio, observers, ranking, registry, terminal
 from qgraph import data as sources
+from qgraph.cli_deploy import deploy
+from qgraph.cli_profile import profile
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
 from qgraph.errors import OptionError, QGraphError
 from qgraph.options import refuse_overwriting
+from qgraph.qconfigs import QCONFIGS
 
 __all__ = ["main"]
 
@@ -114,6 +117,7 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
               help="Scheme, or float, of nodes by name or operator; repeatable.")  # fmt: skip
 @click.option("--keep-float", multiple=True, metavar="PATTERN", help="Node name pattern or operator; repeatable.")
 @click.option("--observer", help=f"How ranges are chosen: {', '.join(observers.OBSERVERS)}.  [default: histogram]")
+@click.option("--qconfig", metavar="NAME", help=f"Ranges as PyTorch has them: {', '.join(QCONFIGS)}.")
 @click.option(
     "--memory",
     default=256,
@@ -231,9 +235,16 @@ def validate(original: Path, other: Path, data: str, target: str) -> None:
     """Compare the outputs of OTHER with those of ORIGINAL on data."""
     inputs = sources.inputs_of(modelio.read(original))
     modelio.read(other)
-    options = registry.target(target).options()
-    found = compare_models(Runnable(original), Runnable(other), sources.load(data, inputs), options)
-    terminal.show_fidelity(Console(), found)
+    where = registry.target(target)
+    dataset = sources.load(data, inputs)
+    found = compare_models(Runnable(original), Runnable(other), dataset, where.options())
+    console = Console()
+    terminal.show_fidelity(console, found)
+    for note in elsewhere.notes(where):
+        console.print(f"note: {note}", style="yellow")
+    placed = elsewhere.proved(where, other, Runnable(original), dataset)
+    if placed is not None:
+        terminal.show_placement(console, placed)
 
 
 @main.command()
@@ -269,3 +280,7 @@ def targets() -> None:
 def passes() -> None:
     """List the passes and pipelines."""
     terminal.show_passes(Console(), registry.passes(), registry.pipelines())
+
+
+main.add_command(deploy)
+main.add_command(profile)

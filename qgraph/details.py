@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import bench, compare
+from qgraph import bench, caches, compare
 from qgraph.builder import Builder, Built
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
@@ -17,7 +18,7 @@ from qgraph.report import Fidelity, OperatorTime, Report, ValueHistogram
 from qgraph.session import Feeds
 from qgraph.targets import QPARAMS, Target
 
-__all__ = ["fill", "measured_times", "operator_times"]
+__all__ = ["fill", "measured_times", "operator_times", "weigh"]
 
 _HISTOGRAMS = 6
 _BINS = 96
@@ -38,6 +39,12 @@ def fill(
         report.histograms = _histograms(report.fidelity, built, builder)
     if timed:
         report.operators = operator_times(original, built.runnable, feeds, target)
+
+
+def weigh(report: Report, before: Path, after: Path, feeds: Feeds, target: Target) -> None:
+    """Complete `report` with what the two files take on disk and in memory."""
+    report.before = bench.footprint(before, feeds, target.options())
+    report.after = bench.footprint(after, caches.given(after, feeds), target.options())
 
 
 def operator_times(before: Runnable, after: Runnable, feeds: Feeds, target: Target) -> list[OperatorTime]:

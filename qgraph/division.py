@@ -30,6 +30,7 @@ _STEPS = (
     "Times are those of generation: one token after {past} others, batch {batch}. A prompt's many tokens at once gain "
     "less from small weights."
 )
+_WHOLE = "Nothing was held back, so that ranges are of all the data: the comparison ran on the calibration data itself."
 _FEW = "There are too few samples to hold some back: the comparison ran on the calibration data itself."
 
 
@@ -52,7 +53,13 @@ class Parts:
     note: str = ""
 
 
-def divide(model: ir.Model, source: DataSource | None, evaluation: DataSource | None, limits: list[Limit]) -> Parts:
+def divide(
+    model: ir.Model,
+    source: DataSource | None,
+    evaluation: DataSource | None,
+    limits: list[Limit],
+    whole: bool = False,
+) -> Parts:
     """Divide what the user gave.
 
     Part of the calibration data, chosen by its contents, is held back for the search, so that the evaluation data only
@@ -63,6 +70,7 @@ def divide(model: ir.Model, source: DataSource | None, evaluation: DataSource | 
         source: calibration data, or None.
         evaluation: data to judge the result on, or None.
         limits: the budget.
+        whole: whether nothing may be held back from calibration.
 
     Raises:
         DataError: a source is not readable as feeds of this model.
@@ -79,6 +87,9 @@ def divide(model: ir.Model, source: DataSource | None, evaluation: DataSource | 
     needs_labels = any(limit.metric.needs_labels for limit in limits)
     if tested is not None and needs_labels and given.first().labels is None:
         return Parts(given, tested, None, True, _of_decoder(given))
+    if whole:
+        note = _of_decoder(given) if tested is not None else f"{_WHOLE} {_of_decoder(given)}".strip()
+        return Parts(given, given if tested is None else tested, None, tested is not None, note)
     count = given.count()
     calibrate, held = given.split(max(_HELD_BACK, _ENOUGH / count) if count >= 5 * _ENOUGH else _HELD_BACK)
     if held is None:

@@ -8,6 +8,7 @@
     ├── ExecutionError        the runtime refused to load or to run a model
     ├── QuantizationError     a request that cannot be carried out on this model
     │   └── NothingQuantizedError   the scheme found no node to quantize
+    ├── ProviderError         the target's provider refuses the model, or computes something else
     ├── AuditError            the written model does not run in the kernels that were planned
     ├── AccuracyError         the result says little about what the original says, and nothing was written
     └── SlowerError           the result is slower than its input, and nothing was written
@@ -29,6 +30,7 @@ __all__ = [
     "ModelError",
     "NothingQuantizedError",
     "OptionError",
+    "ProviderError",
     "QGraphError",
     "QuantizationError",
     "SlowerError",
@@ -68,6 +70,10 @@ class QuantizationError(QGraphError):
 
 class NothingQuantizedError(QuantizationError):
     """The scheme found no node to quantize."""
+
+
+class ProviderError(QGraphError):
+    """The target's execution provider refuses the model, or computes something else than the CPU provider."""
 
 
 class AuditError(QGraphError):

@@ -81,6 +81,11 @@ class Format(abc.ABC):
         """The zero point of a symmetric range: 0 for signed codes, the upper middle for unsigned ones."""
         return 0.0 if self.signed else float(np.ceil((self.lowest + self.highest) / 2))
 
+    @property
+    def stored(self) -> Format:
+        """The format of all codes that the storage type holds: QuantizeLinear saturates at its ends."""
+        return self
+
     def encode(self, codes: NDArray[np.floating]) -> NDArray[np.generic]:
         """Codes as an array of the storage type; shape kept."""
         return self.project(codes).astype(self.storage.numpy())
@@ -94,6 +99,10 @@ class _Integer(Format):
     def project(self, codes: NDArray[np.floating]) -> NDArray[np.floating]:
         rounded = np.asarray(np.rint(codes))
         return np.clip(rounded, self.lowest, self.highest, out=rounded)
+
+    @property
+    def stored(self) -> Format:
+        return dataclasses.replace(self, bits=self._stored_bits, narrow=False)
 
     @property
     def _stored_bits(self) -> int:

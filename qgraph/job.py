@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import bench, caches, checks, details, language, modelio, outcome, registry, sensitivity, session
+from qgraph import caches, checks, details, elsewhere, language, modelio, outcome, proof, registry, sensitivity
 from qgraph.builder import Builder, Built
 from qgraph.clock import Clock
 from qgraph.compare import Runnable
@@ -22,12 +22,13 @@ from qgraph.fingerprint import fingerprint
 from qgraph.judge import Judge, Verdict
 from qgraph.options import Options
 from qgraph.pipeline import Context
+from qgraph.qconfigs import QCONFIG_NOTE, QCONFIG_USELESS, with_qconfig
 from qgraph.race import Race
 from qgraph.report import Budget, Report, Sensitivity
 from qgraph.rules import FLOAT
 from qgraph.search import Search
 from qgraph.sensitivity import Estimate
-from qgraph.session import HOST, Feeds
+from qgraph.session import HOST, Feeds, max_ir_version, runtime_version
 from qgraph.targets import WEIGHTS, Target
 from qgraph.trials import Trials
 
@@ -36,10 +37,6 @@ __all__ = ["Job", "Progress"]
 Progress = Callable[[str, int, int], None]
 _AUTO = "auto"
 _NOTHING = "Scheme {!r} quantizes nothing here: what is written is the float graph, rewritten. The reasons stand above."
-_ELSEWHERE = (
-    "The installed onnxruntime has no {}: numbers were checked on its CPU provider, and neither the target's own "
-    "kernels nor its speed."
-)
 
 
 class Job:
@@ -57,9 +54,11 @@ class Job:
         self.target: Target = registry.target(options.target)
         if options.block_size is not None:
             self.target = self.target.in_blocks(options.block_size)
-        notes: list[str] = []
+        notes = [*elsewhere.notes(self.target), *self.target.notes]
+        if options.qconfig is not None:
+            self.target = with_qconfig(self.target, options.qconfig)
+            notes.append(QCONFIG_NOTE.format(options.qconfig))
         if not self.target.here:
-            notes.append(_ELSEWHERE.format(self.target.provider))
             self.options = options = dataclasses.replace(options, bench_seconds=0.0)
         self.scheme = self.target.scheme(WEIGHTS if options.bits_per_weight is not None else options.scheme)
         named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
@@ -68,6 +67,7 @@ class Job:
         self._rejected: set[str] = set()
         self._profiled = False
         self._hint = ""
+        self.feeds: Feeds = {}
         progress("reading", 0, 0)
         self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else modelio.copied(source)
         self.limits = options.limits(language.is_language_model(self.float_model))
@@ -76,16 +76,16 @@ class Job:
         self.avoid = modelio.external_files(self.float_model)
         self.folder = workspace.spill(self.float_model)
         self.check, note = checks.chosen(self.float_model, options.check, options.why_whole)
-        readable = self.float_model.ir_version <= session.max_ir_version()
+        readable = self.float_model.ir_version <= max_ir_version()
         self.path = Path(source) if isinstance(source, (str, Path)) and readable else None
         # The original as the runtime can load it: its IR version may be too new.
-        self.float_model.ir_version = min(self.float_model.ir_version, session.max_ir_version())
+        self.float_model.ir_version = min(self.float_model.ir_version, max_ir_version())
         self.original = Runnable(self.float_model, self.folder)
         self.report = Report(
             source=str(source) if isinstance(source, (str, Path)) else f"graph {source.graph.name!r}",
             target=self.target.name,
             scheme=self.scheme.name,
-            runtime=f"onnxruntime {session.runtime_version()}",
+            runtime=f"onnxruntime {runtime_version()}",
             output=str(output) if output is not None else None,
             budget=Budget(
                 self.limits[0].metric.name, self.limits[0].limit, ", ".join(limit.text for limit in self.limits)
@@ -112,6 +112,10 @@ class Job:
             self.report.budget = dataclasses.replace(self.report.budget, text=self.report.budget.text + told)
         builder = self.builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
+        self.progress("proving", 0, 0)
+        accept = self.report.notes.append if self.options.force else None
+        where = self.target, built.staged.path, self.original, final.data
+        self.report.placement = elsewhere.proved(*where, accept)
         self.report.fidelity = verdict.fidelity
         self.report.nodes, self.report.steps = built.nodes, built.steps
         self.report.notes += outcome.notes(built.model, built.steps)
@@ -143,23 +147,21 @@ class Job:
         details.fill(self.report, self.original, built, builder, final.data, self.feeds, timed)
         if timed and self.path is not None:
             self.progress("measuring memory", 0, 0)
-            path = built.staged.path
-            self.report.before = bench.footprint(self.path, self.feeds, self.target.options())
-            self.report.after = bench.footprint(path, caches.given(path, self.feeds), self.target.options())
+            details.weigh(self.report, self.path, built.staged.path, self.feeds, self.target)
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
     def _look(self, held: Dataset) -> None:
         """Take one sample to time with."""
-        self.feeds: Feeds = held.typical()
-        self.clock = Clock(self.original, self.target.options(), self.feeds, self.options.bench_seconds, self.progress)
+        self.feeds = feeds = held.typical()
+        self.clock = Clock(self.original, self.target.options(), feeds, self.options.bench_seconds, self.progress)
 
     def divide(self, source: DataSource | None, evaluation: DataSource | None) -> Parts:
         """Calibration data, and data to judge by."""
         self.progress("reading data", 0, 0)
         if source is None and (self.options.ranges is not None or self.options.save_ranges is not None):
             raise OptionError("Ranges are those of calibration data: give it (--data), or leave out the ranges.")
-        parts = divide(self.float_model, source, evaluation, self.limits)
+        parts = divide(self.float_model, source, evaluation, self.limits, self.options.qconfig is not None)
         if parts.note:
             self.report.notes.append(parts.note)
         self._hint = "" if source is not None else " Losses are of random inputs: typical ones (--data) bring more."
@@ -173,6 +175,8 @@ class Job:
         """What makes candidates."""
         if self.options.observer is not None and (calibrate is None or not self.scheme.static):
             raise OptionError(f"Scheme {self.scheme.name!r} calibrates no ranges here: leave out the observer.")
+        if self.options.qconfig is not None and (calibrate is None or not self.scheme.static):
+            raise OptionError(QCONFIG_USELESS.format(self.scheme.name))
         if self.options.kv_cache is not None:
             if calibrate is None:
                 raise OptionError("The scales of a cache in integers are those of calibration data: give it (--data).")
@@ -193,7 +197,9 @@ class Job:
             deadline=time.monotonic() + self.options.time_limit if self.check == checks.WHOLE else None,
             cache=caches.FORMATS.get(self.options.kv_cache or ""),
         )
-        return Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
+        made = Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
+        made.audit = functools.partial(proof.audited, feeds=self.feeds)
+        return made
 
     def _chosen(self, builder: Builder, judge: Judge, final: Judge) -> tuple[Built, Verdict]:
         """The fastest candidate within the budget, by the final judge as well.

@@ -12,6 +12,7 @@ from qgraph.checks import CHECKS
 from qgraph.errors import OptionError, unknown
 from qgraph.metrics import Limit, Outputs
 from qgraph.observers import OBSERVERS
+from qgraph.qconfigs import QCONFIGS
 from qgraph.targets import WEIGHTS
 
 __all__ = ["Options", "refuse_overwriting"]
@@ -58,6 +59,7 @@ class Options:
             type then; None leaves them in float.
         choices: pattern of node names (shell style) or operator type -> scheme, or "float". Names go before operators.
         observer: name of the observer; None for the scheme's own.
+        qconfig: static ranges as PyTorch's `get_default_qconfig` has them: "fbgemm", "x86", "onednn" or "qnnpack".
         keep_float: patterns of node names or operator types to leave in float.
         memory: bytes that the observed values of one calibration run may take.
         ranges: file of saved ranges to use instead of running the calibration data.
@@ -84,6 +86,7 @@ class Options:
     bits_per_weight: float | None = None
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     observer: str | None = None
+    qconfig: str | None = None
     keep_float: tuple[str, ...] = ()
     memory: int = calibration.DEFAULT_BUDGET
     ranges: Path | str | None = None
@@ -104,6 +107,8 @@ class Options:
             raise OptionError(f"keep_float takes several patterns: write ({self.keep_float!r},).")
         if self.observer is not None and self.observer not in OBSERVERS:
             raise unknown("observer", self.observer, OBSERVERS)
+        if self.qconfig is not None and self.qconfig not in QCONFIGS:
+            raise unknown("qconfig", self.qconfig, QCONFIGS)
         if self.ranges is not None and self.observer is not None:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
         if self.check is not None and self.check not in CHECKS:
@@ -139,6 +144,7 @@ class Options:
             self.keep_float,
             sorted(self.choices.items()),
             self.observer,
+            self.qconfig,
             self.ranges,
             self.block_size,
             self.pack,

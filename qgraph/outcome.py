@@ -49,6 +49,7 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
 
 def notes(model: ir.Model, steps: Iterable[Step]) -> list[str]:
     """What a reader should know of the weights."""
+    steps = list(steps)
     late = [name for step in steps for name, why in step.refused.items() if why.startswith(LATE)]
     exact: dict[str, list[str]] = {}
     kept: dict[str, list[ir.Node]] = {}
@@ -61,6 +62,13 @@ def notes(model: ir.Model, steps: Iterable[Step]) -> list[str]:
         if kernel.form is Form.STORED:
             kept.setdefault(kernel.scheme, []).append(node)
     told = [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
+    wider = [name for step in steps if step.name == "CalibrateWeights" for name in step.refused]
+    if wider:
+        more = f" and {len(wider) - _NAMED} more" if len(wider) > _NAMED else ""
+        told.append(
+            f"{len(wider)} weights have a wider scale than PyTorch's, with which int32 accumulators could overflow: "
+            f"{', '.join(wider[:_NAMED])}{more}."
+        )
     if late:
         told.append(
             f"{LATE.capitalize()} before the codes of {len(late)} weights were learned: they are rounded to nearest, "

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+_TORCH_SMALLEST = np.finfo(np.float32).eps
 _INT32_MAX = 2.0**31 - 1
 
 
@@ -50,6 +51,11 @@ class QParams:
     block: int | None = None
 
     @property
+    def saturated(self) -> tuple[float, float]:
+        """Smallest and largest value that comes out of a run-time quantizer, which knows the storage type only."""
+        return dataclasses.replace(self, format=self.format.stored).range
+
+    @property
     def range(self) -> tuple[float, float]:
         """Smallest and largest expressed value (over all scales)."""
         low = (self.format.lowest - self.zero_point) * self.scale
@@ -69,9 +75,10 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
         Symmetric: scale = max(-low, high) / (steps / 2), so that -128..127 divides by 127.5 and -127..127 by 127.
         Affine: scale = (high - low) / steps, zero point rounded. What the rounding of the zero point pushes out at
         one end, or the last half step of a symmetric range, is expressed to within half a step by the last code.
+        Where the spec says so, all is computed as PyTorch does: in single precision, no scale below 2**-23.
 
     Raises:
-        QuantizationError: a bound is NaN or infinite, or low > high.
+        QuantizationError: a bound is NaN or infinite, or low > high; of PyTorch's, also a range beyond float32.
     """
     lo = np.minimum(np.asarray(low, np.float64), 0.0)
     hi = np.maximum(np.asarray(high, np.float64), 0.0)
@@ -80,6 +87,8 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
     if np.any(np.asarray(low, np.float64) > np.asarray(high, np.float64)):
         raise QuantizationError("A range's low end lies above its high end.")
     fmt = spec.format
+    if spec.torch:
+        return _as_torch(lo.astype(np.float32), hi.astype(np.float32), spec)
     if spec.symmetric:
         scale = np.maximum(-lo, hi) / (fmt.steps / 2)
         zero = np.full(scale.shape, fmt.middle)
@@ -90,9 +99,28 @@ def from_range(low: ArrayLike, high: ArrayLike, spec: QuantSpec) -> QParams:
         zero = np.clip(zero, fmt.lowest, fmt.highest)
     # An all-zero tensor has no range: any positive scale expresses it exactly.
     scale = np.where(scale > _SMALLEST_SCALE, scale, np.where(scale > 0, _SMALLEST_SCALE, 1.0))
+    return QParams(scale.astype(np.float32), zero, fmt, *_places(spec))
+
+
+def _places(spec: QuantSpec) -> tuple[int | None, int | None]:
+    """Axis and block."""
     axis = None if isinstance(spec.granularity, PerTensor) else spec.granularity.axis
-    block = spec.granularity.size if isinstance(spec.granularity, PerBlock) else None
-    return QParams(scale.astype(np.float32), zero, fmt, axis, block)
+    return axis, spec.granularity.size if isinstance(spec.granularity, PerBlock) else None
+
+
+def _as_torch(low: NDArray[np.float32], high: NDArray[np.float32], spec: QuantSpec) -> QParams:
+    """The formulas of torch.ao.quantization.MinMaxObserver's documentation, every step rounded to float32."""
+    fmt = spec.format
+    with np.errstate(over="ignore"):
+        steps = np.float32(fmt.steps / 2 if spec.symmetric else fmt.steps)
+        reach = np.maximum(-low, high) if spec.symmetric else high - low
+    if not np.all(np.isfinite(reach)):
+        raise QuantizationError("A range is wider than float32 can say, which PyTorch's arithmetic cannot express.")
+    scale = np.maximum(reach / steps, _TORCH_SMALLEST)
+    zero = np.full(scale.shape, fmt.middle)
+    if not spec.symmetric:
+        zero = np.clip(fmt.lowest - np.rint(low / scale).astype(np.float64), fmt.lowest, fmt.highest)
+    return QParams(np.asarray(scale, np.float32), zero, fmt, *_places(spec))
 
 
 def of_blocks(array: NDArray[np.floating], spec: QuantSpec) -> QParams:
@@ -173,7 +201,7 @@ def limit_accumulator(
     Raises:
         QuantizationError: no float32 scale is wide enough.
     """
-    fmt = activation.format
+    fmt = activation.format.stored
     reach = float(np.max(np.maximum(fmt.highest - activation.zero_point, activation.zero_point - fmt.lowest)))
     total = absolute_sums.astype(np.float64) * reach
     if bias is not None:

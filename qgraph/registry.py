@@ -7,12 +7,14 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from qgraph import errors
+from qgraph import errors, profiles
 from qgraph.errors import OptionError
 from qgraph.pipeline import Context, Pipeline
 from qgraph.targets import Target
+from qgraph.targets.cpu import Cpu
+from qgraph.targets.measured import measured
 
-__all__ = ["passes", "pipeline", "pipelines", "target", "targets"]
+__all__ = ["installed", "is_installed", "passes", "pipeline", "pipelines", "target", "targets"]
 
 
 @functools.cache
@@ -30,18 +32,53 @@ def _load(group: str, kind: str, name: str) -> Any:
 
 
 def targets() -> list[str]:
-    """Names of all installed targets."""
-    return sorted(_found("qgraph.targets"))
+    """Names of all installed targets, and of those whose profiles are stored."""
+    return sorted({*_found("qgraph.targets"), *profiles.names()})
 
 
 def target(name: str) -> Target:
-    """The target called `name`.
+    """The target called `name`; `cpu` has the costs that were measured on this machine, if they were.
 
     Raises:
         OptionError: there is none; names the nearest.
     """
+    if not is_installed(name) and name in profiles.names():
+        found = profiles.load(name)
+        note = f"Costs are those of the profile {name!r}, measured on {found.measured}."
+        # The profile of this machine is its CPU, and not another place.
+        other = None if name == profiles.HERE else name
+        return measured(installed(found.like), found.costs, note, other, found.provider)
+    made = installed(name)
+    return _here(made) if name == "cpu" else made
+
+
+def installed(name: str) -> Target:
+    """The target called `name` as it was installed, whatever profiles there are.
+
+    Raises:
+        OptionError: there is none; names the nearest.
+    """
+    if _found("qgraph.targets") and not is_installed(name):
+        raise errors.unknown("target", name, targets())
     made: Target = _load("qgraph.targets", "target", name)()
     return made
+
+
+def is_installed(name: str) -> bool:
+    """Whether a target of that name is installed, and not only a profile."""
+    return name in _found("qgraph.targets")
+
+
+def _here(made: Target) -> Target:
+    """The target of this machine with its measured costs."""
+    found, note = profiles.for_this_machine()
+    if note is None or not isinstance(made, Cpu):
+        return made
+    if found is None:
+        return measured(made, made.costs, note)
+    if found.like != made.name:
+        return measured(made, made.costs, f"The profile {found.name!r} is like {found.like}, this is {made.name}.")
+    return measured(made, found.costs, note)
 
 
 def pipelines() -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraph.errors import ModelError
+from qgraph.placement import Placement
 
 __all__ = [
     "Budget",
@@ -263,6 +264,7 @@ class Report:
     sensitivity: list[Sensitivity] = dataclasses.field(default_factory=list[Sensitivity])
     histograms: list[ValueHistogram] = dataclasses.field(default_factory=list[ValueHistogram])
     operators: list[OperatorTime] = dataclasses.field(default_factory=list[OperatorTime])
+    placement: Placement | None = None
 
     @property
     def quantized(self) -> list[NodeReport]:
@@ -276,13 +278,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; infinities as the string "inf", so that the JSON is standard."""
-        plain: dict[str, Any] = _finite(dataclasses.asdict(self))
-        return plain
+        return dict(_finite(dataclasses.asdict(self)))
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, beside and moved into place."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.part")
+        temporary = Path(path).with_name(f".{Path(path).name}.part")
         try:
             temporary.write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
             temporary.replace(path)

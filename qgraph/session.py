@@ -100,12 +100,16 @@ class KernelTime:
         op_type: operator of the kernel.
         seconds: median over the runs.
         provider: execution provider that ran it.
+        inputs: shapes that it read, constants included.
+        outputs: shapes that it wrote.
     """
 
     node: str
     op_type: str
     seconds: float
     provider: str = ""
+    inputs: tuple[tuple[int, ...], ...] = ()
+    outputs: tuple[tuple[int, ...], ...] = ()
 
 
 class Session:
@@ -196,12 +200,17 @@ class Session:
         events = json.loads(path.read_text())
         path.unlink()
         times: dict[tuple[str, str, str], list[float]] = {}
+        shapes: dict[tuple[str, str, str], list[tuple[tuple[int, ...], ...]]] = {}
         for event in events:
             name, args = event.get("name", ""), event.get("args", {})
             if event.get("cat") == "Node" and name.endswith("_kernel_time"):
                 key = (name.removesuffix("_kernel_time"), args.get("op_name", ""), args.get("provider", ""))
                 times.setdefault(key, []).append(event["dur"] * 1e-6)
-        return [KernelTime(node, op, float(np.median(seen)), where) for (node, op, where), seen in times.items()]
+                shapes[key] = [_shapes(args.get(side)) for side in ("input_type_shape", "output_type_shape")]
+        return [
+            KernelTime(node, op, float(np.median(seen)), where, *shapes[node, op, where])
+            for (node, op, where), seen in times.items()
+        ]
 
     def close(self) -> None:
         """Free the session."""
@@ -214,6 +223,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _shapes(told: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes as a profile tells them: [{type: sizes}, ...]."""
+    return tuple(tuple(int(size) for size in sizes) for one in told or () for sizes in one.values())
 
 
 def _words(error: Exception) -> str:

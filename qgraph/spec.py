@@ -42,12 +42,16 @@ class QuantSpec:
         granularity: how many scales there are.
         symmetric: zero point fixed at the format's middle, instead of free (affine).
         observer: name of the observer, see `qgraph.observers`.
+        range: lowest and highest number, where a kernel wants just these and not those of the data.
+        torch: whether scale and zero point are computed as PyTorch does, and stay as they were observed.
     """
 
     format: Format
     granularity: Granularity = PerTensor()
     symmetric: bool = False
     observer: str = "histogram"
+    range: tuple[float, float] | None = None
+    torch: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,11 @@ class Scheme:
         return self.activation is not None and not self.dynamic
 
     @property
+    def torch(self) -> bool:
+        """Whether static ranges are PyTorch's, and nothing may change them."""
+        return self.static and self.activation is not None and self.activation.torch
+
+    @property
     def parts(self) -> tuple[Scheme, ...]:
         """Itself: a mixture of one."""
         return (self,)
@@ -90,6 +99,12 @@ class Scheme:
         """Weights that share a scale, where they are in blocks."""
         granularity = self.weight.granularity
         return granularity.size if isinstance(granularity, PerBlock) else None
+
+    def weight_along(self, axis: int) -> QuantSpec:
+        """The weight's spec with a scale for each slice along `axis`, unless the whole weight has one."""
+        if isinstance(self.weight.granularity, PerTensor):
+            return self.weight
+        return dataclasses.replace(self.weight, granularity=PerAxis(axis))
 
     def in_blocks(self, size: int) -> Scheme:
         """The same with blocks of `size` weights, where there are blocks."""
@@ -112,6 +127,11 @@ class Mixture:
     def static(self) -> bool:
         """Whether ranges of activations must be calibrated."""
         return any(part.static for part in self.parts)
+
+    @property
+    def torch(self) -> bool:
+        """Whether static ranges are PyTorch's, and nothing may change them."""
+        return any(part.torch for part in self.parts)
 
     def in_blocks(self, size: int) -> Mixture:
         """The same with blocks of `size` weights, where there are blocks."""

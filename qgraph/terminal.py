@@ -14,12 +14,23 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from qgraph import elsewhere, proof
 from qgraph.inspection import Inspection
+from qgraph.placement import Placement
 from qgraph.report import Candidate, Fidelity, NodeReport, Report, Sensitivity, Speed
 from qgraph.targets import Target
 from qgraph.words import decibels, milliseconds, size
 
-__all__ = ["progress", "show_fidelity", "show_inspection", "show_report", "show_sensitivity", "show_speed", "size"]
+__all__ = [
+    "progress",
+    "show_fidelity",
+    "show_inspection",
+    "show_placement",
+    "show_report",
+    "show_sensitivity",
+    "show_speed",
+    "size",
+]
 
 _MOST_REASONS = 8
 _MOST_NODES = 20
@@ -67,8 +78,19 @@ def show_report(console: Console, report: Report) -> None:
         _show_candidates(console, report)
     console.print()
     _show_nodes(console, report.nodes, "see the report (--report FILE)")
+    if report.placement is not None:
+        show_placement(console, report.placement)
     for note in report.notes:
         console.print(Text(f"note: {note}", style="yellow"))
+
+
+def show_placement(console: Console, found: Placement) -> None:
+    """What a target's own provider made of a model."""
+    console.print(Text(elsewhere.told(found), style="" if found.right else "bold red"))
+    console.print(
+        f"there against the float model here: {decibels(found.sqnr)}, cosine {found.cosine:.6f}, {found.samples} runs",
+        style="dim",
+    )
 
 
 def _show_candidates(console: Console, report: Report) -> None:
@@ -204,6 +226,14 @@ def show_targets(console: Console, targets: Mapping[str, Target]) -> None:
         same = f" (here: {target.name})" if target.name != name else ""
         table.add_row(Text(name, style="bold"), Text(target.description + same))
         table.add_row("", Text(f"{target.provider}; schemes: {', '.join(target.schemes)}", style="dim"))
+        where = proof.how(target)
+        if where is not None:
+            table.add_row("", Text.assemble(("proved here on: ", "green"), (where, "dim")))
+        else:
+            missing = proof.missing(target)
+            table.add_row("", Text.assemble(("not proved here: ", "yellow"), (missing, "dim")))
+        if target.evidence:
+            table.add_row("", Text(f"known from: {target.evidence}", style="dim"))
     console.print(table)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["decibels", "milliseconds", "size", "times"]
+__all__ = ["decibels", "milliseconds", "percent", "size", "times"]
 
 
 def size(count: int) -> str:
@@ -28,3 +28,8 @@ def decibels(value: float) -> str:
 def times(ratio: float) -> str:
     """A ratio of times, before / after."""
     return f"{ratio:.2f}x {'faster' if ratio >= 1 else 'slower'}"
+
+
+def percent(share: float) -> str:
+    """A share; only all of it is 100 %."""
+    return "100 %" if share >= 1 else f"{min(100 * share, 99.9):.3g} %"

@@ -82,7 +82,7 @@ def test_nothing(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(session.Session, "__init__", lambda *_: pytest.fail("a session"))
     session.max_ir_version.cache_clear()
-    monkeypatch.setattr(session, "max_ir_version", lambda: 10)
+    monkeypatch.setattr("qgraph.job.max_ir_version", lambda: 10)
     monkeypatch.setattr("qgraph.modelio.max_ir_version", lambda: 10)
     found = click.testing.CliRunner().invoke(
         main,

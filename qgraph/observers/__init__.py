@@ -9,6 +9,7 @@ from qgraph.observers.histogram import Histogram
 from qgraph.observers.minmax import MinMax
 from qgraph.observers.moving_average import MovingAverage
 from qgraph.observers.percentile import Percentile
+from qgraph.observers.torch_histogram import TorchHistogram
 
 __all__ = [
     "OBSERVERS",
@@ -19,6 +20,7 @@ __all__ = [
     "Observer",
     "Percentile",
     "Range",
+    "TorchHistogram",
     "create",
 ]
 
@@ -28,6 +30,7 @@ OBSERVERS: dict[str, type[Observer]] = {
     "moving-average": MovingAverage,
     "percentile": Percentile,
     "entropy": Entropy,
+    "torch-histogram": TorchHistogram,
 }
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "WEIGHTS",
     "Form",
     "Kernel",
+    "Limits",
     "Output",
     "Refusal",
     "Target",
@@ -101,6 +102,7 @@ class Kernel:
         activations: spec of each quantized activation, by input position.
         weight: position and spec of the constant weight, if there is one.
         bias: position of the bias, if there is one.
+        constants: spec of each further constant that must be in integers, by input position.
         output: what the output is.
         result: spec of the output, or None when it is not quantized.
         shares: whether input and output must have the same parameters (the operator only moves codes about).
@@ -116,6 +118,7 @@ class Kernel:
     activations: Mapping[int, QuantSpec]
     weight: tuple[int, QuantSpec] | None = None
     bias: int | None = None
+    constants: Mapping[int, QuantSpec] = dataclasses.field(default_factory=dict[int, QuantSpec])
     output: Output = Output.QUANTIZED
     result: QuantSpec | None = None
     shares: bool = False
@@ -127,6 +130,19 @@ class Kernel:
     price: float = 0.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a provider asks of a whole graph.
+
+    Attributes:
+        max_opset: the newest opset whose operators it knows; None for all that the runtime knows.
+        static_shapes: whether it takes only nodes whose shapes are all known before the model is run.
+    """
+
+    max_opset: int | None = None
+    static_shapes: bool = False
+
+
 class Target(abc.ABC):
     """An execution provider on a kind of machine."""
 
@@ -134,6 +150,20 @@ class Target(abc.ABC):
     description: str
     provider: str
     min_opset: int
+    runner: str | None = None
+    """The runner that has the provider where this runtime has not, see `qgraph.runners`."""
+    evidence: str = ""
+    """Where its table and its costs come from: measured when and on what, or documented and never run."""
+    limits: Limits = Limits()
+    tolerance: float = 1e-3
+    """What the provider's outputs may differ from those of the CPU provider on the same file: RMS of the difference
+    over RMS of the output. What the file itself lost by quantization is allowed in any case."""
+    fuses_like_host: bool = True
+    """Whether the CPU provider's optimized graph shows the kernels that are chosen there."""
+    notes: tuple[str, ...] = ()
+    """What a report says of it: which measured profile its costs are, say."""
+    missing: str = ""
+    """What it takes to run a model there, where nothing here can."""
     schemes: Mapping[str, Scheme | Mixture]
     refused: Mapping[str, str] = MappingProxyType({})
     """Schemes that there are elsewhere -> why not here."""
@@ -153,7 +183,10 @@ class Target(abc.ABC):
             OptionError: this target has no such scheme; lists those that it has.
         """
         if name in self.refused:
-            raise errors.OptionError(f"Target {self.name!r} has no scheme {name!r}: {self.refused[name]}.")
+            has = ", ".join(self.schemes)
+            raise errors.OptionError(
+                f"Target {self.name!r} has no scheme {name!r}: {self.refused[name]}. It has: {has}."
+            )
         if name not in self.schemes:
             raise errors.unknown(f"scheme for target {self.name!r}:", name, self.schemes)
         return self.schemes[name]
@@ -168,6 +201,11 @@ class Target(abc.ABC):
     def here(self) -> bool:
         """Whether the installed runtime has this target's provider."""
         return has_provider(self.provider)
+
+    @property
+    def native(self) -> bool:
+        """Whether models run here as they will run there, so that their times mean something."""
+        return self.here
 
     def options(self, threads: int = 0) -> SessionOptions:
         """Session options that run a model on this target, or on the host where the target's provider is not here."""

@@ -7,6 +7,7 @@ bits, so weights may use 7 bits only. On arm64 the dot-product instructions take
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,11 @@ import onnx_ir as ir
 from qgraph.errors import OptionError
 from qgraph.float_formats import BF16, E2M1, E4M3, E5M2, FP16, NF4
 from qgraph.formats import INT8, TERNARY, UINT2, UINT4, UINT8, Format, Int
+from qgraph.session import SessionOptions
 from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_costs, cpu_kernels, cpu_stored
 from qgraph.targets.base import WEIGHTS, Kernel, Refusal, Target
+from qgraph.targets.cpu_costs import SHIPPED, Costs
 from qgraph.ternary import ABSMEAN, FITTED
 
 __all__ = ["Cpu", "arm64", "detect", "x86", "x86_vnni"]
@@ -65,6 +68,11 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
     }
 
 
+_ARM = ("aarch64", "arm64")
+# Without it the runtime fuses no sum or product of s8 codes on x86.
+_SIGNED = (("session.qdqisint8allowed", "1"),)
+
+
 class Cpu(Target):
     """The CPU provider, for one pairing of activation and weight format."""
 
@@ -109,11 +117,24 @@ class Cpu(Target):
     )
 
     refused = cpu_stored.REFUSED
+    tolerance = 1e-4
 
-    def __init__(self, name: str, description: str, activation: Format, weight: Format):
+    def __init__(self, name: str, description: str, activation: Format, weight: Format, costs: Costs = SHIPPED):
         self.name = name
         self.description = description
+        self.costs = costs
+        self.signed = activation.signed
         self.schemes: Mapping[str, Scheme | Mixture] = _schemes(activation, weight)
+
+    @property
+    def native(self) -> bool:
+        """Whether this machine is of the kind."""
+        return self.here and (platform.machine().lower() in _ARM) == (self.runner == "arm64")
+
+    def options(self, threads: int = 0) -> SessionOptions:
+        """As ever; s8 activations are fused on other machines as they are on arm64."""
+        found = super().options(threads)
+        return dataclasses.replace(found, config=_SIGNED) if self.signed else found
 
     @property
     def activations(self) -> tuple[str, ...]:
@@ -122,15 +143,15 @@ class Cpu(Target):
 
     def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         """Look the operator up in the table of this provider's kernels."""
-        return cpu_kernels.find(node, scheme)
+        return cpu_kernels.find(node, scheme, self.costs)
 
     def quantize_cost(self, value: ir.Value) -> float:
         """QuantizeLinear, and the way out of the blocked float layout for images."""
-        return cpu_costs.boundary(value, to_integers=True)
+        return self.costs.seconds(cpu_costs.boundary(value, into=True))
 
     def dequantize_cost(self, value: ir.Value) -> float:
         """DequantizeLinear, and the way into the blocked float layout for images."""
-        return cpu_costs.boundary(value, to_integers=False)
+        return self.costs.seconds(cpu_costs.boundary(value, into=False))
 
 
 def x86_vnni() -> Cpu:
@@ -145,7 +166,9 @@ def x86() -> Cpu:
 
 def arm64() -> Cpu:
     """64-bit ARM: s8 activations and weights."""
-    return Cpu("arm64", "arm64 CPU: s8 activations, s8 weights per channel", INT8, INT8)
+    made = Cpu("arm64", "arm64 CPU: s8 activations, s8 weights per channel", INT8, INT8)
+    made.runner = "arm64"
+    return made
 
 
 def detect() -> Cpu:
@@ -155,7 +178,7 @@ def detect() -> Cpu:
         OptionError: the machine is neither x86-64 nor arm64.
     """
     machine = platform.machine().lower()
-    if machine in ("aarch64", "arm64"):
+    if machine in _ARM:
         return arm64()
     if machine in ("x86_64", "amd64"):
         return x86_vnni() if _has_vnni() else x86()

@@ -1,7 +1,6 @@
 """The CPU provider's kernels with float inputs and outputs: dynamic int8, and weights in blocks of few bits.
 
-They need no calibration, and stand alone: nothing about their neighbours changes. Times were measured with
-onnxruntime 1.31.1 on Zen 4 (`python tools/measure_kernels.py`).
+They need no calibration, and stand alone: nothing about their neighbours changes.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import onnx_ir as ir
 from qgraph import graph, ternary, weights
 from qgraph.formats import INT8
 from qgraph.spec import PerAxis, PerBlock, QuantSpec, Scheme
-from qgraph.targets import cpu_checks
-from qgraph.targets import cpu_costs as costs
+from qgraph.targets import cpu_checks, cpu_costs
 from qgraph.targets.base import Form, Kernel, Output, Refusal
+from qgraph.targets.cpu_costs import Costs
 
 __all__ = ["find"]
 
@@ -27,14 +26,14 @@ _BYTE = 5e-13
 _PICKED = 50_000
 
 
-def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+def find(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
     """The kernel for `node` in a dynamic or weight-only scheme, or why it has none."""
     if weights.is_product(node):
-        return _product(node, scheme)
+        return _product(node, scheme, costs)
     if node.op_type == "LSTM":
-        return _lstm(node, scheme)
+        return _lstm(node, scheme, costs)
     if node.op_type == "Gather":
-        return _embedding(node, scheme)
+        return _embedding(node, scheme, costs)
     if node.op_type == "Conv":
         if scheme.dynamic:
             return Refusal("onnxruntime's dynamic integer convolution is slower than the float one")
@@ -44,24 +43,22 @@ def find(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     return Refusal(f"onnxruntime's CPU provider has no such kernel for {node.op_type}")
 
 
-def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+def _product(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
     form = cpu_checks.product(node, "a product of two activations has no weight")
     if isinstance(form, Refusal):
         return form
     inner, columns, transposed = form
     rows = cpu_checks.rows(node.inputs[0], inner)
-    plain = costs.matmul(rows, inner, columns).in_float
+    plain = costs.seconds(cpu_costs.matmul(rows, inner, columns).in_float)
     if not scheme.dynamic:
         # What is ternary already needs no more than two bits, in whatever scheme.
         grid = ternary.grid_of(node.inputs[1])
         spec = scheme.weight if grid is None else grid.spec(1 if transposed else 0)
-        return _blocks(scheme, spec, rows, inner, columns, transposed, plain)
+        return _blocks(scheme, spec, (rows, inner, columns), transposed, costs)
     if node.op_type == "FusedMatMul":
         return Refusal("its weight is read transposed; the dynamic integer product takes it as it lies")
     if inner > _LONGEST_SUM:
         return Refusal(f"a sum of {inner} products may leave int32")
-    # One row is bound by the weights' bytes, and finding its range is next to nothing.
-    seconds = costs.matmul(rows, inner, columns).in_integers + 1e-9 * (1500 + 0.12 * rows * inner)
     return Kernel(
         ("DynamicQuantizeMatMul", "MatMulIntegerToFloat"),
         {},
@@ -71,13 +68,14 @@ def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         form=Form.DYNAMIC,
         scheme=scheme.name,
         float_seconds=plain,
-        integer_seconds=seconds,
+        integer_seconds=costs.seconds(cpu_costs.dynamic(rows, inner, columns)),
     )
 
 
 def _blocks(
-    scheme: Scheme, weight: QuantSpec, rows: int, inner: int, columns: int, transposed: bool, plain: float
+    scheme: Scheme, weight: QuantSpec, sizes: tuple[int, int, int], transposed: bool, costs: Costs
 ) -> Kernel | Refusal:
+    rows, inner, columns = sizes
     granularity = weight.granularity
     assert isinstance(granularity, PerBlock), "weight-only kernels take blocks"
     if inner < granularity.size:
@@ -91,12 +89,12 @@ def _blocks(
         output=Output.FLOAT,
         form=Form.WEIGHTS,
         scheme=scheme.name,
-        float_seconds=plain,
-        integer_seconds=costs.blocks(rows, inner, columns, bits, granularity.size) - saved,
+        float_seconds=costs.seconds(cpu_costs.matmul(rows, inner, columns).in_float),
+        integer_seconds=costs.seconds(cpu_costs.blocks(rows, inner, columns, bits, granularity.size)) - saved,
     )
 
 
-def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+def _embedding(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
     table = node.inputs[0]
     if scheme.activation is not None:
         return Refusal("a table has no product; only its weights can be quantized (int8-weights)")
@@ -107,8 +105,9 @@ def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     if node.attributes.get_int("axis", 0) or len(shape) != 2:
         return Refusal("only rows of a table with two dimensions are picked from int8")
     # A language model picks one row at a time, however long the prompts in the data are.
-    picked = min(costs.elements(node.outputs[0]), _PICKED)
-    seconds = 1e-9 * (8000 + 0.5 * picked) - _BYTE * 3 * shape[0] * shape[1]
+    picked = min(cpu_costs.elements(node.outputs[0]), _PICKED)
+    cost = costs.of(cpu_costs.picked_rows(picked))
+    seconds = cost.in_integers - _BYTE * 3 * shape[0] * shape[1]
     # A product that reads the table brings it into blocks; a copy in float would be kept for this node alone.
     shared = any(weights.is_product(reader) for reader in table.consumers())
     return Kernel(
@@ -118,12 +117,12 @@ def _embedding(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         output=Output.FLOAT,
         form=Form.WEIGHTS,
         scheme=scheme.name,
-        float_seconds=1e-9 * (2000 + 0.1 * picked),
+        float_seconds=cost.in_float,
         integer_seconds=min(seconds, 0.0) if shared else seconds,
     )
 
 
-def _lstm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
+def _lstm(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
     if not scheme.dynamic:
         return Refusal("onnxruntime has no LSTM with quantized weights and float activations")
     source, weight, recurrence = node.inputs[0], node.inputs[1], node.inputs[2]
@@ -139,7 +138,7 @@ def _lstm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     shape, size = graph.run_shape(weight) or (1, 1, 1), (graph.run_shape(recurrence) or (1, 1, 1))[-1]
     seen = graph.run_shape(source)
     steps, batch = (seen[0], seen[1]) if seen is not None and len(seen) == 3 else (32, 1)
-    macs = shape[0] * shape[1] * (shape[2] + size) * steps * batch
+    cost = costs.of(cpu_costs.lstm(shape[0] * shape[1] * (shape[2] + size) * steps * batch))
     return Kernel(
         ("DynamicQuantizeLSTM",),
         {},
@@ -147,6 +146,6 @@ def _lstm(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         output=Output.FLOAT,
         form=Form.DYNAMIC,
         scheme=scheme.name,
-        float_seconds=1e-9 * (20_000 + macs / 16),
-        integer_seconds=1e-9 * (20_000 + macs / 48),
+        float_seconds=cost.in_float,
+        integer_seconds=cost.in_integers,
     )

@@ -3,6 +3,7 @@
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
 from qgraph.passes.block_bias import BlockBias
+from qgraph.passes.bound_masks import BoundMasks
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
@@ -49,6 +50,7 @@ __all__ = [
     "Annotate",
     "BiasForm",
     "BlockBias",
+    "BoundMasks",
     "Calibrate",
     "CalibrateWeights",
     "Canonicalize",

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qgraph.passes.annotate import Annotate
 from qgraph.passes.bias_form import BiasForm
 from qgraph.passes.block_bias import BlockBias
+from qgraph.passes.bound_masks import BoundMasks
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
@@ -133,6 +134,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         FoldShapes(),
         GroupHeads(),
         MaskRows(),
+        *([BoundMasks(context.target)] if context.target.mask is not None else []),
         BiasForm(),
         ResidualNorm(context.target),
         RaiseLevel(context.target),

@@ -104,7 +104,10 @@ def decibels(signal: float, noise: float) -> float:
     """10 log10(signal / noise); infinite without noise, not a number for NaN."""
     if noise == 0.0:
         return float("inf")
-    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
+    if math.isnan(noise) or math.isnan(signal):
+        return float("nan")
+    # Apart, since the share of an overflow is none.
+    return float(10 * (np.log10(signal) - np.log10(noise))) if signal > 0 else float("-inf")
 
 
 class Reference:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qgraph import checks, modelio, unproved
+from qgraph import checks, modelio, registry, unproved
 from qgraph.data import DataSource
-from qgraph.errors import unknown
-from qgraph.job import Job, Progress
+from qgraph.errors import AccuracyError, first_line, unknown
+from qgraph.job import AUTO, Job, Progress
 from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
 
@@ -68,8 +69,7 @@ def optimize(
     )
     workspace = modelio.Workspace(output)
     try:
-        job = Job(model, output, options, workspace, progress or _silent)
-        staged = (job.run if job.check == checks.WHOLE else functools.partial(unproved.run, job))(data, evaluation)
+        job, staged = _climbed(model, output, options, workspace, progress or _silent, data, evaluation)
         if output is not None:
             staged.commit()
         result = Result(modelio.read(output or staged.path), job.report)
@@ -82,6 +82,43 @@ def optimize(
     else:
         workspace.close()
     return result
+
+
+def _climbed(
+    model: str | Path | ir.Model,
+    output: Path | None,
+    options: Options,
+    workspace: modelio.Workspace,
+    progress: Progress,
+    data: DataSource | None,
+    evaluation: DataSource | None,
+) -> tuple[Job, modelio.Staged]:
+    """The job in the first scheme of the target's ladder that holds the budget; in the one that was asked for else."""
+    ladder = (
+        registry.target(options.target).ladder if options.scheme == AUTO and options.bits_per_weight is None else ()
+    )
+    schemes = ladder or (options.scheme,)
+    if len(schemes) > 1:
+        # What can be read once only is needed more often.
+        data, evaluation = (list(one) if isinstance(one, Iterator) else one for one in (data, evaluation))
+    notes: list[str] = []
+    for scheme in schemes:
+        job = Job(model, output, dataclasses.replace(options, scheme=scheme), workspace, progress)
+        job.report.notes[:0] = notes
+        run = job.run if job.check == checks.WHOLE else functools.partial(unproved.run, job)
+        last = scheme == schemes[-1]
+        try:
+            staged = run(data, evaluation)
+        except AccuracyError as error:
+            if last:
+                raise
+            notes.append(f"Scheme {scheme!r} was tried first. {first_line(error)}")
+            continue
+        if last or job.report.quantized:
+            return job, staged
+        staged.discard()
+        notes.append(f"Scheme {scheme!r} was tried first, and no candidate that quantizes held the budget.")
+    raise AssertionError("a ladder has a last step")
 
 
 def _silent(what: str, done: int, total: int) -> None:

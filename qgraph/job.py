@@ -32,10 +32,10 @@ from qgraph.session import HOST, Feeds, max_ir_version, runtime_version
 from qgraph.targets import WEIGHTS, Target
 from qgraph.trials import Trials
 
-__all__ = ["Job", "Progress"]
+__all__ = ["AUTO", "Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
-_AUTO = "auto"
+AUTO = "auto"
 _NOTHING = "Scheme {!r} quantizes nothing here: what is written is the float graph, rewritten. The reasons stand above."
 
 
@@ -121,7 +121,7 @@ class Job:
         self.report.notes += outcome.notes(built.model, built.steps)
         if not built.assignment:
             self.report.nodes = builder.explained(built)
-            if self.scheme.name != _AUTO and self.scheme.parts:
+            if self.scheme.name != AUTO and self.scheme.parts:
                 self.report.notes.append(_NOTHING.format(self.scheme.name))
         self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
         try:

@@ -29,7 +29,10 @@ _HEADS = ("target", "scheme", "quantized", "nodes there", "work there", "error",
 @click.argument("evaluation")
 @click.option("--targets", "names", help="Commas between.  [default: all]")
 @click.option("--scheme", multiple=True, default=["auto"], help="Repeatable.")
-def main(model: Path, calibration: str, evaluation: str, names: str | None, scheme: tuple[str, ...]) -> None:
+@click.option("--time-limit", default=10.0, show_default=True, help="Seconds of search for each.")
+def main(
+    model: Path, calibration: str, evaluation: str, names: str | None, scheme: tuple[str, ...], time_limit: float
+) -> None:
     """Prove MODEL on each target."""
     console = Console()
     table = Table(*_HEADS)
@@ -42,17 +45,18 @@ def main(model: Path, calibration: str, evaluation: str, names: str | None, sche
                 table.add_row(name, one, f"[dim]{proof.missing(target)}")
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                table.add_row(name, one, *_row(model, Path(folder) / "out.onnx", calibration, evaluation, name, one))
+                output = Path(folder) / "out.onnx"
+                table.add_row(name, one, *_row(model, output, (calibration, evaluation), name, one, time_limit))
         console.print(f"{name} done")
     console.print(table)
 
 
-def _row(model: Path, output: Path, calibration: str, evaluation: str, target: str, scheme: str) -> list[str]:
+def _row(model: Path, output: Path, data: tuple[str, str], target: str, scheme: str, limit: float) -> list[str]:
     start = time.perf_counter()
     try:
         found = qgraph.optimize(
-            model, output, data=calibration, evaluation=evaluation, target=target, scheme=scheme, force=True,
-            bench_seconds=0,
+            model, output, data=data[0], evaluation=data[1], target=target, scheme=scheme, force=True,
+            bench_seconds=0, time_limit=limit,
         ).report  # fmt: skip
     except QGraphError as error:
         return [f"[red]{type(error).__name__}: {error}"]

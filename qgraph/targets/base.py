@@ -160,6 +160,10 @@ class Target(abc.ABC):
     over RMS of the output. What the file itself lost by quantization is allowed in any case."""
     fuses_like_host: bool = True
     """Whether the CPU provider's optimized graph shows the kernels that are chosen there."""
+    mask: float | None = None
+    """What hides a score before Softmax where graphs are in integers from end to end; None for what the model has."""
+    ladder: tuple[str, ...] = ()
+    """Schemes that the default scheme tries one after the other, until one holds the budget; empty for itself alone."""
     notes: tuple[str, ...] = ()
     """What a report says of it: which measured profile its costs are, say."""
     missing: str = ""

@@ -65,6 +65,7 @@ class Nnapi(whole.Whole):
     missing = "NNAPI is part of Android: run the model on a device with onnxruntime-android."
     table = _TABLE
     exile = 1e-4
+    mask = -100.0
     refused = MappingProxyType(
         {
             "int4": _NO_SUCH.format("weights in blocks"),

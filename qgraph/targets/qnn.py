@@ -33,8 +33,8 @@ def _image(node: ir.Node) -> str | None:
 _TABLE: Mapping[str, whole.Entry] = {
     "Conv": whole.convolution(_image),
     "ConvTranspose": whole.convolution(_image, channels=False),
-    "Gemm": whole.product(channels=False),
-    "MatMul": whole.product(channels=False),
+    "Gemm": whole.product(),
+    "MatMul": whole.product(),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Where", "Max", "Min"), whole.every()),
     "Concat": whole.every(joins=True),
     **dict.fromkeys(
@@ -69,6 +69,8 @@ class Qnn(whole.Whole):
     tolerance = 5e-2
     table = _TABLE
     exile = 1e-2
+    mask = -100.0
+    ladder = ("int8", "a16w8")
     refused = MappingProxyType(
         {
             "int4": "QNN's HTP takes INT4 weights and computes something else (relative error 3.3)",

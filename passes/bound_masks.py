@@ -71,11 +71,13 @@ class BoundMasks(ir.passes.InPlacePass):
         for node in model.graph:
             filler = node.attributes.get("value") if graph.is_standard(node, "ConstantOfShape") else None
             tensor = filler.as_tensor() if filler is not None else None
-            if tensor is not None and tensor.dtype == ir.DataType.FLOAT and self._is_mask(tensor):
-                if _ends_in_softmax(node.outputs[0], ends, _FAR):
-                    bounded = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)))
-                    node.attributes["value"] = ir.AttrTensor("value", bounded)
-                    changed = True
+            is_float = tensor is not None and tensor.dtype == ir.DataType.FLOAT
+            if tensor is None or not is_float or not self._is_mask(tensor):
+                continue
+            if _ends_in_softmax(node.outputs[0], ends, _FAR):
+                bounded = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)))
+                node.attributes["value"] = ir.AttrTensor("value", bounded)
+                changed = True
         return ir.passes.PassResult(model, changed)
 
     def _is_mask(self, tensor: ir.TensorProtocol | None) -> bool:

@@ -26,7 +26,7 @@ from qgraph.report import (
     Sensitivity,
     ValueHistogram,
 )
-from qgraph.words import decibels, milliseconds, size, times
+from qgraph.words import decibels, milliseconds, percent, size, times
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -95,7 +95,7 @@ def render(report: Report) -> str:
     )  # fmt: skip
     environment.filters.update(
         name=_breakable, size=_together(size), milliseconds=_together(milliseconds), decibels=_together(decibels),
-        times=_together(times), share=_together(lambda value: f"{100 * value:.3g} %"),
+        times=_together(times), share=_together(lambda value: f"{100 * value:.3g} %"), percent=_together(percent),
         number=lambda value: f"{value:.4g}", width=lambda value: f"{100 * value:.2f}%",
     )  # fmt: skip
     candidates = sorted(report.candidates, key=_rank)

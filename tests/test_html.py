@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qgraph import html, plots, svg, words
 from qgraph.errors import ModelError, OptionError
+from qgraph.placement import Left, Placement
 from qgraph.report import (
     Budget,
     Candidate,
@@ -145,6 +146,19 @@ def filled():
             ValueHistogram("act", [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0], [1, 10, 100, 80, 9], -2.0, 1.0, 22.0),
         ],
         operators=[OperatorTime("Conv", 0.0061, 0.0004), OperatorTime("QLinearConv", 0.0, 0.0024)],
+        placement=Placement(
+            "FarExecutionProvider",
+            "far 1.0",
+            {"FarExecutionProvider": 9, "CPUExecutionProvider": 1},
+            0.9,
+            0.9987,
+            [Left("/flat", "Flatten", "CPUExecutionProvider")],
+            0.003,
+            0.01,
+            30.5,
+            0.9995,
+            2,
+        ),
     )
 
 
@@ -281,11 +295,20 @@ def test_steps(page):
     ]
 
 
+def test_on_the_target(full):
+    words = " ".join(Page(html.render(full)).text)
+    assert "90 % of the nodes" in " ".join(words.replace("\xa0", " ").split())
+    assert "numbers are right" in words and "Flatten" in words
+    wrong = dataclasses.replace(full, placement=dataclasses.replace(full.placement, error=3.3))
+    assert "numbers are WRONG" in " ".join(Page(html.render(wrong)).text)
+
+
 # -- what it leaves out ------------------------------------------------------------------------------------------------
 
 SECTIONS = {
     "cost": ["speed", "before", "after"],
     "tradeoff": ["candidates"],
+    "provider": ["placement"],
     "faithfulness": ["fidelity"],
     "sensitivity": ["sensitivity"],
     "ranges": ["histograms"],

@@ -179,7 +179,7 @@ def test_headline(page):
     assert page.all("h1") == ["digits-int8.onnx"]
     assert page.all("title")[0] == "digits-int8.onnx · qgraph"
     assert "target x86-vnni, scheme int8, onnxruntime 1.2, 27 calibration runs, 6.5 s" in page.all("p")[1]
-    assert page.all("dd", **{"class": "big good-text"}) == ["2.26x faster"]
+    assert page.all("dd", **{"class": "big good-text"}) == ["2.26x faster", "90 % of the nodes"]
     assert page.all("dd", **{"class": "big warn-text"}) == ["0.94x slower"]
     # The worst output's, not the first's or the identical one's.
     assert page.all("dd", **{"class": "big"}) == ["31.0 dB", "3.64x smaller", "4 of 305"]
@@ -296,11 +296,14 @@ def test_steps(page):
 
 
 def test_on_the_target(full):
-    words = " ".join(Page(html.render(full)).text)
-    assert "90 % of the nodes" in " ".join(words.replace("\xa0", " ").split())
-    assert "numbers are right" in words and "Flatten" in words
+    page = Page(html.render(full))
+    assert "99.9 % of the multiplications, numbers are right" in page.all("dd")
+    assert page.rows("provider")[1:] == [["FarExecutionProvider", "9"], ["CPUExecutionProvider", "1"]]
+    assert "/flat Flatten CPUExecutionProvider" in page.all("li")
     wrong = dataclasses.replace(full, placement=dataclasses.replace(full.placement, error=3.3))
-    assert "numbers are WRONG" in " ".join(Page(html.render(wrong)).text)
+    page = Page(html.render(wrong))
+    assert "99.9 % of the multiplications, numbers are WRONG" in page.all("dd")
+    assert "90 % of the nodes" in page.all("dd", **{"class": "big warn-text"})
 
 
 # -- what it leaves out ------------------------------------------------------------------------------------------------

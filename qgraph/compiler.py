@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qgraph import checks, modelio, registry, unproved
 from qgraph.data import DataSource
-from qgraph.errors import AccuracyError, first_line, unknown
+from qgraph.errors import AccuracyError, NothingQuantizedError, first_line, unknown
 from qgraph.job import AUTO, Job, Progress
 from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
@@ -109,15 +109,12 @@ def _climbed(
         last = scheme == schemes[-1]
         try:
             staged = run(data, evaluation)
-        except AccuracyError as error:
+        except (AccuracyError, NothingQuantizedError) as error:
             if last:
                 raise
             notes.append(f"Scheme {scheme!r} was tried first. {first_line(error)}")
             continue
-        if last or job.report.quantized:
-            return job, staged
-        staged.discard()
-        notes.append(f"Scheme {scheme!r} was tried first, and no candidate that quantizes held the budget.")
+        return job, staged
     raise AssertionError("a ladder has a last step")
 
 

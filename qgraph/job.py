@@ -17,7 +17,7 @@ from qgraph.clock import Clock
 from qgraph.compare import Runnable
 from qgraph.data import Dataset, DataSource
 from qgraph.division import Parts, divide
-from qgraph.errors import AccuracyError, ExecutionError, OptionError, SlowerError
+from qgraph.errors import AccuracyError, ExecutionError, NothingQuantizedError, OptionError, SlowerError
 from qgraph.fingerprint import fingerprint
 from qgraph.judge import Judge, Verdict
 from qgraph.options import Options
@@ -36,7 +36,6 @@ __all__ = ["AUTO", "Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
 AUTO = "auto"
-_NOTHING = "Scheme {!r} quantizes nothing here: what is written is the float graph, rewritten. The reasons stand above."
 
 
 class Job:
@@ -122,7 +121,7 @@ class Job:
         if not built.assignment:
             self.report.nodes = builder.explained(built)
             if self.scheme.name != AUTO and self.scheme.parts:
-                self.report.notes.append(_NOTHING.format(self.scheme.name))
+                self.report.notes.append(outcome.NOTHING.format(self.scheme.name))
         self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
         try:
             self._details(built, builder, final)
@@ -206,6 +205,7 @@ class Job:
 
         Raises:
             AccuracyError: none is within the budget.
+            NothingQuantizedError: only the float graph is, and a scheme was named.
             SlowerError: none is as fast as the original.
         """
         search = self._search(builder, judge)
@@ -230,6 +230,9 @@ class Job:
             self._tell(search, None)
             raise AccuracyError(search.trials.nothing("Nothing is within the budget", self.report.budget) + self._hint)
         self._tell(search, best)
+        if not built.assignment and self.scheme.name != AUTO and self.scheme.parts and not self.options.force:
+            what = search.trials.nothing(outcome.ONLY_FLOAT.format(self.scheme.name), self.report.budget)
+            raise NothingQuantizedError(what + outcome.INSTEAD + self._hint)
         if search.trials.trials[best].slowest < 1.0 and not self.options.force:
             what = "Nothing within the budget is as fast as the model itself"
             raise SlowerError(search.trials.nothing(what, self.report.budget) + self._hint)
@@ -249,9 +252,8 @@ class Job:
             builder, judge, estimate, trials, deadline, self.progress, self.options.force, glance, asked.bits_per_weight
         )
         for pattern in builder.unfollowed:
-            self.report.notes.append(
-                f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
-            )
+            what = f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
+            self.report.notes.append(what)
         return search
 
     def _estimates(self, builder: Builder) -> list[Estimate]:

@@ -12,10 +12,16 @@ from qgraph.stored import REACH, Reach
 from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel
 from qgraph.ternary import EXACT
 
-__all__ = ["LATE", "nodes", "not_chosen", "notes", "overflowing"]
+__all__ = ["INSTEAD", "LATE", "NOTHING", "ONLY_FLOAT", "nodes", "not_chosen", "notes", "overflowing"]
 
 LATE = "the time limit was reached"
 """How the reason begins that a pass gives for what it had no time for."""
+NOTHING = "Scheme {!r} quantizes nothing here: what is written is the float graph, rewritten. The reasons stand above."
+"""Told where a named scheme was forced."""
+ONLY_FLOAT = "Of scheme {!r}, nothing is within the budget and not slower"
+"""Why a named scheme that only the float graph would be left of is an error."""
+INSTEAD = " Or take the scheme 'auto', which writes a faster float graph where nothing else is to be had."
+"""What to do about it."""
 _NAMED = 4
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 

@@ -63,7 +63,7 @@ def test_products_in_blocks_of_half_precision(layers, model_kit, scheme, least):
 
 @elsewhere
 def test_what_overflows_stays_in_float32_with_its_reason(layers, model_kit):
-    found = qgraph.optimize(layers, data=samples(model_kit, 3e4), target="cuda", scheme="fp16")
+    found = qgraph.optimize(layers, data=samples(model_kit, 3e4), target="cuda", scheme="fp16", force=True)
     reasons = {node.op_type: node.reason for node in found.report.refused}
     assert any("65504" in str(reason) for reason in reasons.values()), reasons
     assert found.report.fidelity.worst.sqnr > 50

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 import qgraph
-from qgraph.errors import OptionError, QuantizationError
+from qgraph.errors import NothingQuantizedError, OptionError, QuantizationError
 
 QUICK = {"bench_seconds": 0.0}
 
@@ -20,7 +20,9 @@ def product(kit, weight, kind="float"):
 def test_a_scheme_asked_for_by_name_that_nothing_can_have_is_told(model_kit):
     """Not a float model that looks like success; it says why."""
     model = product(model_kit, model_kit.normal(64, 16).astype(np.float16), "float16")
-    found = qgraph.optimize(model, scheme="int4", **QUICK)
+    with pytest.raises(NothingQuantizedError, match="scheme 'int4', nothing"):
+        qgraph.optimize(model, scheme="int4", **QUICK)
+    found = qgraph.optimize(model, scheme="int4", force=True, **QUICK)
     assert any("'int4' quantizes nothing here" in note for note in found.report.notes)
     assert any("float16" in str(node.reason) for node in found.report.refused)
 

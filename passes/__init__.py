@@ -33,6 +33,7 @@ from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
 from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_transpose import PlainTranspose
+from qgraph.passes.portable import Portable
 from qgraph.passes.quantize_cache import QuantizeCache
 from qgraph.passes.raise_level import RaiseLevel
 from qgraph.passes.recognize import Recognize
@@ -80,6 +81,7 @@ __all__ = [
     "NanGuard",
     "PackTernary",
     "PlainTranspose",
+    "Portable",
     "QuantizeCache",
     "RaiseLevel",
     "Recognize",

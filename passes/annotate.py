@@ -95,7 +95,7 @@ class Annotate(ir.passes.InPlacePass):
         results = {node: self._result(node, kernel) for node, kernel in kernels.items()}
         chosen, spared = self._choose(main, kernels, results)
         for node in spared:
-            node.meta[REASON] = "a last layer: in eight bits it would cap the output's precision, and gains little"
+            node.meta[REASON] = "a last layer: in few bits it would cap the output's precision, and gains little"
         planned = {node: kernel for node, kernel in resting.items() if node not in spared}
         planned.update({node: kernels[node] for node in chosen})
         for node, kernel in planned.items():
@@ -183,7 +183,8 @@ class Annotate(ir.passes.InPlacePass):
             if node in chosen and kernels[node].joins:
                 inputs = [value for i in kernels[node].activations if (value := node.inputs[i]) is not None]
                 # A common range must not reach beyond the bounds of a Relu or Clip that a quantizer stands for.
-                if len({groups.bounds(value) for value in inputs}) == 1:
+                fixed = any(value.meta[SPEC].range is not None for value in (*inputs, *results[node]))
+                if not fixed and len({groups.bounds(value) for value in inputs}) == 1:
                     for value in (*inputs[1:], *results[node]):
                         groups.join(inputs[0], value)
                     for value in results[node]:

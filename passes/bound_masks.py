@@ -17,24 +17,20 @@ __all__ = ["BoundMasks"]
 
 _LEAST = -1e4
 """Constants below are masks; exporters write -1e4, -1e9, -3.4e38 and minus infinity."""
-_CARRIERS = (
-    "Add",
-    "Cast",
+_MOVERS = (
     "Concat",
     "Expand",
     "Gather",
-    "Max",
-    "Mul",
+    "Identity",
     "Reshape",
     "Slice",
     "Squeeze",
-    "Sub",
     "Tile",
     "Transpose",
     "Trilu",
     "Unsqueeze",
-    "Where",
 )
+_SUMS = ("Add", "Where")
 _FAR = 24
 """Nodes between a mask's constant and its Softmax."""
 
@@ -52,6 +48,7 @@ class BoundMasks(ir.passes.InPlacePass):
         super().__init__()
         self.mask = target.mask
         self.refused: dict[str, str] = {}
+        self.notes: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
@@ -67,6 +64,7 @@ class BoundMasks(ir.passes.InPlacePass):
                 tensor = value.const_value
                 assert tensor is not None
                 value.const_value = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)), name=value.name)
+                self._tell(str(value.name))
                 changed = True
         for node in model.graph:
             filler = node.attributes.get("value") if graph.is_standard(node, "ConstantOfShape") else None
@@ -77,8 +75,14 @@ class BoundMasks(ir.passes.InPlacePass):
             if _ends_in_softmax(node.outputs[0], ends, _FAR):
                 bounded = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)))
                 node.attributes["value"] = ir.AttrTensor("value", bounded)
+                self._tell(str(node.outputs[0].name))
                 changed = True
         return ir.passes.PassResult(model, changed)
+
+    def _tell(self, name: str) -> None:
+        self.notes.append(
+            f"The mask {name!r} is bounded to {self.mask:g}, so that codes can hold it beside the scores."
+        )
 
     def _is_mask(self, tensor: ir.TensorProtocol | None) -> bool:
         # A mask is a number, or an array that was computed from one; no weight reaches so far down.
@@ -88,16 +92,39 @@ class BoundMasks(ir.passes.InPlacePass):
 
 
 def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int) -> bool:
-    """Whether every way from `value` leads into a Softmax."""
+    """Whether every way from `value` leads into a Softmax, and nothing on the way makes a number of it that counts."""
     if value in known:
         return known[value]
     known[value] = False
     if far == 0 or value.is_graph_output() or not value.consumers():
         return False
-    good = all(
+    known[value] = all(
         graph.is_standard(node, "Softmax")
-        or (graph.is_standard(node, *_CARRIERS) and all(_ends_in_softmax(v, known, far - 1) for v in node.outputs))
+        or (
+            (graph.is_standard(node, *_MOVERS, *_SUMS) or _switches(node, value))
+            and all(_ends_in_softmax(one, known, far - 1) for one in node.outputs)
+        )
         for node in value.consumers()
     )
-    known[value] = good
-    return good
+    return known[value]
+
+
+def _switches(node: ir.Node, value: ir.Value) -> bool:
+    """Whether `node` multiplies `value` by what is 0 or 1."""
+    if not graph.is_standard(node, "Mul"):
+        return False
+    others = [one for one in node.inputs if one is not value]
+    return len(others) == 1 and _is_switch(others[0], _FAR)
+
+
+def _is_switch(value: ir.Value | None, far: int) -> bool:
+    """Whether `value` is made of truth values or of the integers of an attention mask: itself, or 1 less it."""
+    node = value.producer() if value is not None else None
+    if node is None or far == 0:
+        return False
+    source = node.inputs[0]
+    if graph.is_standard(node, "Cast") and source is not None:
+        return source.dtype is not None and (source.dtype == ir.DataType.BOOL or source.dtype.is_integer())
+    if graph.is_standard(node, "Sub"):
+        return graph.constant_scalar(source) == 1.0 and _is_switch(node.inputs[1], far - 1)
+    return graph.is_standard(node, *_MOVERS) and _is_switch(source, far - 1)

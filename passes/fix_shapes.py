@@ -34,7 +34,7 @@ class FixShapes(ir.passes.InPlacePass):
         super().__init__()
         self.target = target
         self.data = data
-        self.fixed: dict[str, tuple[int, ...]] = {}
+        self.notes: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
@@ -50,7 +50,13 @@ class FixShapes(ir.passes.InPlacePass):
                 f"Target {self.target.name!r} takes models of fixed shapes only, and inputs are open: {names}. Give "
                 "data of the size that it will run on (--data)."
             )
-        self._fix(free, self._sizes(free))
+        sizes = self._sizes(free)
+        for value in free:
+            value.shape = ir.Shape(sizes[str(value.name)])
+        fixed = ", ".join(f"{name} {list(shape)}" for name, shape in sizes.items())
+        self.notes = [
+            f"Target {self.target.name!r} takes fixed shapes only: the model now takes {fixed}, as the data is."
+        ]
         for one in graph.all_graphs(main):
             for node in one:
                 for value in node.outputs:
@@ -74,8 +80,3 @@ class FixShapes(ir.passes.InPlacePass):
                         f"{batch.name!r}: target {self.target.name!r} takes one size. Give samples of one size."
                     )
         return found
-
-    def _fix(self, free: list[ir.Value], sizes: Mapping[str, tuple[int, ...]]) -> None:
-        for value in free:
-            value.shape = ir.Shape(sizes[str(value.name)])
-            self.fixed[str(value.name)] = sizes[str(value.name)]

@@ -38,6 +38,7 @@ from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
 from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_transpose import PlainTranspose
+from qgraph.passes.portable import Portable
 from qgraph.passes.quantize_cache import QuantizeCache
 from qgraph.passes.raise_level import RaiseLevel
 from qgraph.passes.recognize import Recognize
@@ -216,7 +217,8 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
     if context.data is not None:
         data = (context.data, context.folder, context.budget)
         calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
-        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if learned else [])]
+        exact = [Portable()] if context.target.rounds_apart else []
+        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if learned else []), *exact]
         learn = [RoundWeights(*data, context.progress, context.codes)] if learned else []
         if context.learn or _only_weights(context):
             learn += [

@@ -20,6 +20,7 @@ from qgraph.errors import (
     QGraphError,
     QuantizationError,
     SlowerError,
+    UnprovedError,
 )
 from qgraph.report import Report
 
@@ -41,6 +42,7 @@ __all__ = [
     "Report",
     "Result",
     "SlowerError",
+    "UnprovedError",
     "__version__",
     "optimize",
 ]

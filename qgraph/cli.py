@@ -242,9 +242,12 @@ def validate(original: Path, other: Path, data: str, target: str) -> None:
     terminal.show_fidelity(console, found)
     for note in elsewhere.notes(where):
         console.print(f"note: {note}", style="yellow")
-    placed = elsewhere.proved(where, other, Runnable(original), dataset)
+    told: list[str] = []
+    placed = elsewhere.proved(where, other, Runnable(original), dataset, told.append)
     if placed is not None:
         terminal.show_placement(console, placed)
+    for note in told:
+        console.print(f"note: {note}", style="yellow")
 
 
 @main.command()
@@ -259,7 +262,10 @@ def bench(first: Path, second: Path, data: str, seconds: float, threads: tuple[i
     inputs = sources.inputs_of(modelio.read(first))
     modelio.read(second)
     feeds = sources.load(data, inputs).first().feeds
-    options = registry.target(target).options()
+    where = registry.target(target)
+    if not where.here:
+        raise OptionError(f"Nothing is timed for {target!r} here: the installed onnxruntime has no {where.provider}.")
+    options = where.options()
     console = Console()
     with terminal.progress(console) as progress:
         speeds = [

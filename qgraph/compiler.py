@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from qgraph import checks, modelio, registry, unproved
-from qgraph.data import DataSource
-from qgraph.errors import AccuracyError, NothingQuantizedError, first_line, unknown
+from qgraph.data import DataSource, inputs_of, load
+from qgraph.errors import AccuracyError, NothingQuantizedError, ProviderError, first_line, unknown
 from qgraph.job import AUTO, Job, Progress
 from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
@@ -97,25 +96,31 @@ def _climbed(
     ladder = (
         registry.target(options.target).ladder if options.scheme == AUTO and options.bits_per_weight is None else ()
     )
-    schemes = ladder or (options.scheme,)
-    if len(schemes) > 1:
-        # What can be read once only is needed more often.
-        data, evaluation = (list(one) if isinstance(one, Iterator) else one for one in (data, evaluation))
+    if not ladder:
+        job = Job(model, output, options, workspace, progress)
+        return job, _run(job, data, evaluation)
+    inputs = inputs_of(modelio.read(model) if isinstance(model, (str, Path)) else model)
+    # What can be read once only is needed at every step.
+    data, evaluation = (None if one is None else load(one, inputs) for one in (data, evaluation))
     notes: list[str] = []
-    for scheme in schemes:
-        job = Job(model, output, dataclasses.replace(options, scheme=scheme), workspace, progress)
+    for scheme in ladder:
+        last = scheme == ladder[-1]
+        state = Path(f"{options.state}.{scheme}") if options.state is not None else None
+        asked = dataclasses.replace(options, scheme=scheme, state=state, force=options.force and last)
+        job = Job(model, output, asked, workspace, progress)
         job.report.notes[:0] = notes
-        run = job.run if job.check == checks.WHOLE else functools.partial(unproved.run, job)
-        last = scheme == schemes[-1]
         try:
-            staged = run(data, evaluation)
-        except (AccuracyError, NothingQuantizedError) as error:
+            return job, _run(job, data, evaluation)
+        except (AccuracyError, NothingQuantizedError, ProviderError) as error:
             if last:
                 raise
-            notes.append(f"Scheme {scheme!r} was tried first. {first_line(error)}")
-            continue
-        return job, staged
+            notes.append(f"Scheme {scheme!r} was tried first. {first_line(error, 1000)}")
     raise AssertionError("a ladder has a last step")
+
+
+def _run(job: Job, data: DataSource | None, evaluation: DataSource | None) -> modelio.Staged:
+    run = job.run if job.check == checks.WHOLE else functools.partial(unproved.run, job)
+    return run(data, evaluation)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from qgraph import proof
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
-from qgraph.errors import ExecutionError, ProviderError
+from qgraph.errors import ExecutionError, ProviderError, UnprovedError
 from qgraph.placement import Placement
 from qgraph.session import HOST
 from qgraph.targets import Target
@@ -16,7 +16,8 @@ from qgraph.words import percent
 
 __all__ = ["notes", "proved", "told"]
 
-_RUN = "Nodes and numbers are proved on {} ({}). Its times say nothing about a device, and none were taken."
+_RUN = "Nodes and numbers are proved on {}, which is no device: nothing is said of its speed."
+_UNPROVED = "Nothing was proved on {}: {}"
 _NOT_RUN = (
     "Nothing here runs models on {}: numbers were checked on the CPU provider, and neither the target's own kernels "
     "nor its speed."
@@ -25,19 +26,17 @@ _NAMED = 4
 
 
 def notes(target: Target) -> list[str]:
-    """What a report says of a target that is not this machine."""
+    """What a report says beforehand of a target that cannot be run here."""
     if target.native:
         return []
-    where = proof.how(target)
-    if where is not None:
-        return [_RUN.format(target.provider, where)]
-    if target.provider == HOST:
+    if proof.how(target) is not None or target.provider == HOST:
+        # What comes of it is told once it is there.
         return []
     return [f"{_NOT_RUN.format(target.provider)} {target.missing or proof.hint(target)}".strip()]
 
 
 def proved(
-    target: Target, model: Path, original: Runnable, data: Dataset, tell: Callable[[str], None] | None = None
+    target: Target, model: Path, original: Runnable, data: Dataset, tell: Callable[[str], None], accept: bool = False
 ) -> Placement | None:
     """Where the target's provider put the nodes of `model`; None where it cannot be run here.
 
@@ -46,7 +45,8 @@ def proved(
         model: what was written for it.
         original: the float model.
         data: samples to run.
-        tell: called with what is wrong, where that is to be accepted; None to raise it.
+        tell: called with what a report should say of it.
+        accept: whether what is wrong is told, and not raised.
 
     Raises:
         ProviderError: the provider refuses the model, or computes something else than the CPU provider.
@@ -55,18 +55,23 @@ def proved(
         return None
     try:
         found = proof.prove(model, original, target, data)
+    except UnprovedError as error:
+        tell(_UNPROVED.format(target.provider, error))
+        return None
     except ExecutionError as error:
         words = f"What was made for {target.name!r} does not run there. {error}"
-        if tell is None:
+        if not accept:
             raise ProviderError(words) from error
         tell(words)
         return None
-    if not found.right and tell is None:
+    if not found.right and not accept:
         raise ProviderError(
             f"{target.provider} took {percent(found.share)} of the nodes and gives wrong numbers: they differ by "
             f"{found.error:.2g} of the output from those of the CPU provider on the same file ({found.allowed:.2g} "
             "would be rounding). Keep the nodes in question in float (--keep-float), or choose another --scheme."
         )
+    if not target.native:
+        tell(_RUN.format(found.runtime))
     return found
 
 

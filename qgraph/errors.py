@@ -6,6 +6,7 @@
     ├── OptionError           an unknown or impossible option; names the nearest right one
     ├── DataError             calibration or evaluation data that cannot be right
     ├── ExecutionError        the runtime refused to load or to run a model
+    │   └── UnprovedError         only the runtime that stands for a device here is too old for it
     ├── QuantizationError     a request that cannot be carried out on this model
     │   └── NothingQuantizedError   the scheme found no node to quantize
     ├── ProviderError         the target's provider refuses the model, or computes something else
@@ -34,6 +35,7 @@ __all__ = [
     "QGraphError",
     "QuantizationError",
     "SlowerError",
+    "UnprovedError",
     "first_line",
     "nearest",
     "unknown",
@@ -62,6 +64,10 @@ class DataError(QGraphError):
 
 class ExecutionError(QGraphError):
     """The runtime refused to load or to run a model."""
+
+
+class UnprovedError(ExecutionError):
+    """The runtime that stands for a device here is too old for the model, which says nothing about the device."""
 
 
 class QuantizationError(QGraphError):

@@ -57,7 +57,7 @@ class Job:
         if options.qconfig is not None:
             self.target = with_qconfig(self.target, options.qconfig)
             notes.append(QCONFIG_NOTE.format(options.qconfig))
-        if not self.target.here:
+        if not self.target.native:
             self.options = options = dataclasses.replace(options, bench_seconds=0.0)
         self.scheme = self.target.scheme(WEIGHTS if options.bits_per_weight is not None else options.scheme)
         named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
@@ -112,9 +112,8 @@ class Job:
         builder = self.builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
         self.progress("proving", 0, 0)
-        accept = self.report.notes.append if self.options.force else None
-        where = self.target, built.staged.path, self.original, final.data
-        self.report.placement = elsewhere.proved(*where, accept)
+        where = self.target, built.staged.path, self.original, final.data, self.report.notes.append
+        self.report.placement = elsewhere.proved(*where, accept=self.options.force)
         self.report.fidelity = verdict.fidelity
         self.report.nodes, self.report.steps = built.nodes, built.steps
         self.report.notes += outcome.notes(built.model, built.steps)

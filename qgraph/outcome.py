@@ -67,7 +67,8 @@ def notes(model: ir.Model, steps: Iterable[Step]) -> list[str]:
             exact.setdefault(kernel.weight[1].format.name, []).append(str(node.name))
         if kernel.form is Form.STORED:
             kept.setdefault(kernel.scheme, []).append(node)
-    told = [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
+    told = [note for step in steps for note in step.notes]
+    told += [*(_exact(kind, names) for kind, names in exact.items()), *(_kept(*one) for one in kept.items())]
     wider = [name for step in steps if step.name == "CalibrateWeights" for name in step.refused]
     if wider:
         more = f" and {len(wider) - _NAMED} more" if len(wider) > _NAMED else ""

@@ -109,7 +109,8 @@ class Pipeline(ir.passes.Sequential):
             delta = {
                 op: after[op] - before[op] for op in sorted(before.keys() | after.keys()) if after[op] != before[op]
             }
-            self.steps.append(Step(name, seconds, delta, dict(getattr(one, "refused", {}))))
+            told = tuple(getattr(one, "notes", ()))
+            self.steps.append(Step(name, seconds, delta, dict(getattr(one, "refused", {})), told))
             before = after
         return ir.passes.PassResult(model, modified)
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph import audit, caches, runners, work
+from qgraph import audit, caches, graph, modelio, runners, work
 from qgraph.audit import Audit, Plan, original_name
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
@@ -130,6 +130,25 @@ def prove(model: Path, original: Runnable, target: Target, data: Dataset, sample
     Raises:
         ExecutionError: the provider refuses the model, or cannot be run here.
     """
+    with tempfile.TemporaryDirectory(prefix="qgraph-named-") as folder:
+        return _prove(_named(model, Path(folder)), original, target, data, samples)
+
+
+def _named(model: Path, folder: Path) -> Path:
+    """The model, or a copy of it in which every node has a name, by which it is found again."""
+    found = ir.load(model)
+    nodes = list(found.graph.all_nodes())
+    if all(node.name for node in nodes) or modelio.has_external(found):
+        return model
+    taken = {str(node.name) for node in nodes}
+    for number, node in enumerate(nodes):
+        if not node.name:
+            node.name = graph.fresh_name(f"{node.op_type}_{number}", taken)
+    ir.save(found, folder / model.name)
+    return folder / model.name
+
+
+def _prove(model: Path, original: Runnable, target: Target, data: Dataset, samples: int) -> Placement:
     batches = [batch.feeds for batch in itertools.islice(data, samples)]
     given = [caches.given(model, feeds) for feeds in batches]
     ran = place(model, target, given)
@@ -138,13 +157,18 @@ def prove(model: Path, original: Runnable, target: Target, data: Dataset, sample
         expected = [session.run(feeds) for feeds in given]
     with original.session(host) as session:
         floats = [session.run(feeds) for feeds in batches]
-    names = _comparable(expected[0], ran.outputs[0])
+    lost = [name for name in expected[0] if name not in ran.outputs[0]]
+    if lost:
+        raise ExecutionError(f"{target.provider} gave no output {lost[0]!r} of {model.name}.")
+    names = [name for name in expected[0] if np.asarray(expected[0][name]).dtype.kind in "fiub"]
     if not names:
-        raise ExecutionError(f"No output of {model.name} can be compared with what {target.provider} gave.")
+        raise ExecutionError(f"No output of {model.name} is of numbers: nothing can be compared.")
     errors = {name: _error(expected, ran.outputs, name) for name in names}
     kept = {name: _error(floats, expected, name) for name in names if name in floats[0]}
-    error, lost = max(errors.values()), max(kept.values(), default=0.0)
-    far = max((_error(floats, ran.outputs, name) for name in kept), default=error)
+    allowed = {name: _allowed(target, kept.get(name, 0.0)) for name in names}
+    # The output that is furthest beyond what it may be.
+    worst = max(names, key=lambda name: errors[name] / allowed[name])
+    far = max((_error(floats, ran.outputs, name) for name in kept), default=errors[worst])
     nodes, left = _counts(ran, target.provider, model)
     total = sum(nodes.values())
     work_share = _work_share(model, given[0], host, {one.name for one in left})
@@ -155,19 +179,17 @@ def prove(model: Path, original: Runnable, target: Target, data: Dataset, sample
         share=nodes.get(target.provider, 0) / max(1, total),
         work=work_share,
         left=left,
-        error=error,
-        allowed=max(target.tolerance, _ROUNDED * lost if math.isfinite(lost) else 0.0),
+        error=errors[worst],
+        allowed=allowed[worst],
         sqnr=math.inf if far == 0 else -20 * math.log10(far) if math.isfinite(far) else -math.inf,
         cosine=min((_cosine(floats, ran.outputs, name) for name in kept), default=math.nan),
         samples=len(batches),
     )
 
 
-def _comparable(expected: Mapping[str, NDArray[Any]], found: Mapping[str, NDArray[Any]]) -> list[str]:
-    """Names of outputs of numbers that both have; those of floats, where there are any."""
-    names = [name for name in expected if name in found and np.asarray(expected[name]).dtype.kind in "fiub"]
-    floats = [name for name in names if expected[name].dtype.kind == "f"]
-    return floats or names
+def _allowed(target: Target, lost: float) -> float:
+    """What an output may differ by, of which the file itself lost so much."""
+    return max(target.tolerance, _ROUNDED * lost if math.isfinite(lost) else 0.0)
 
 
 def _pairs(
@@ -178,8 +200,11 @@ def _pairs(
         x, y = one[name].astype(np.float64).reshape(-1), other[name].astype(np.float64).reshape(-1)
         if x.size != y.size:
             y = np.full_like(x, np.nan)
-        same = np.isinf(x) & (x == y)
-        pairs.append((np.where(same, 0.0, x), np.where(same, 0.0, y)))
+        same = ~np.isfinite(x) & ((x == y) | (np.isnan(x) & np.isnan(y)))
+        # Where only one of them is no number, nothing is alike.
+        y = np.where(~np.isfinite(x) & ~same, np.nan, y)
+        x = np.where(np.isfinite(x), x, 0.0)
+        pairs.append((x, np.where(same, 0.0, y)))
     return pairs
 
 

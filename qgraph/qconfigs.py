@@ -83,7 +83,9 @@ def _refused(target: Target, qconfig: QConfig) -> str | None:
     static = _static(target)
     if not static:
         return "it has no static scheme"
-    for part in static:
+    # Schemes of more bits stay as they are: these ranges are for eight.
+    eight = [part for part in static if part.activation is not None and part.activation.format.storage.bitwidth == 8]
+    for part in eight or static:
         assert part.activation is not None, "a static scheme has one"
         if part.activation.symmetric or part.activation.format not in (INT8, UINT8):
             return "its activations are not of eight bits with a free zero point"
@@ -104,7 +106,7 @@ def _changed(scheme: Scheme | Mixture, qconfig: QConfig) -> Scheme | Mixture:
 
 
 def _part(scheme: Scheme, qconfig: QConfig) -> Scheme:
-    if scheme.activation is None or not scheme.static:
+    if scheme.activation is None or not scheme.static or scheme.activation.format.storage.bitwidth != 8:
         return scheme
     codes: Format = UInt(7) if qconfig.reduced else scheme.activation.format
     places = scheme.weight.granularity if qconfig.per_channel else PerTensor()

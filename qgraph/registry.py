@@ -47,9 +47,18 @@ def target(name: str) -> Target:
         note = f"Costs are those of the profile {name!r}, measured on {found.measured}."
         # The profile of this machine is its CPU, and not another place.
         other = None if name == profiles.HERE else name
-        return measured(installed(found.like), found.costs, note, other, found.provider)
+        return measured(_base(found), found.costs, note, other)
     made = installed(name)
     return _here(made) if name == "cpu" else made
+
+
+def _base(found: profiles.Profile) -> Target:
+    """The target that a profile has the kernels of: the one it names, or that of the provider it was measured on."""
+    named = installed(found.like)
+    if found.provider in ("", named.provider):
+        return named
+    others = (installed(name) for name in sorted(_found("qgraph.targets")))
+    return next((one for one in others if one.provider == found.provider and isinstance(one, Cpu)), named)
 
 
 def installed(name: str) -> Target:

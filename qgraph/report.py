@@ -31,12 +31,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One pass: name, seconds, by how many each operator's count changed, and node -> why it was left as it was."""
+    """One pass: name, seconds, change of each operator's count, node -> why it was left, notes for the reader."""
 
     name: str
     seconds: float
     operators: dict[str, int]
     refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +296,4 @@ def _finite(value: Any) -> Any:
         return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "inf" if value > 0 else "-inf" if value < 0 else "nan"
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

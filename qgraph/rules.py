@@ -93,7 +93,10 @@ class Rules:
             told = [self.target.kernel(node, part) for part in parts]
             if all(isinstance(one, Refusal) for one in told):
                 raise OptionError(f"Node {pattern!r} cannot be {self.choices[pattern]!r}: {reasons[0]}.")
-        return found, reasons[0] if reasons else "no scheme was asked for"
+        nothing = (
+            "no scheme was asked for" if self.calibrated else "no scheme is left without calibration data (--data)"
+        )
+        return found, reasons[0] if reasons else nothing
 
     def _kernel(self, node: ir.Node, part: Scheme, forced: bool = False) -> Kernel | Refusal:
         key = (node.name or "", part.name)

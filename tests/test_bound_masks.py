@@ -8,8 +8,9 @@ from qgraph.targets.cpu import x86_vnni
 from qgraph.targets.qnn import qnn
 
 ADDED = """
-g (float[2, 4, 8] s, float[2, 1, 8] m) => (float[2, 4, 8] y) {
-    i = Sub (one, m)
+g (float[2, 4, 8] s, int64[2, 1, 8] m) => (float[2, 4, 8] y) {
+    f = Cast <to=1> (m)
+    i = Sub (one, f)
     far = Mul (i, low)
     t = Add (s, far)
     y = Softmax <axis=-1> (t)
@@ -34,10 +35,11 @@ def feeds(kind, model_kit):
 @pytest.mark.parametrize("low", [LOWEST, -1e9, -1e4])
 def test_an_added_mask(model_kit, low):
     model = model_kit.text(ADDED, one=ONE, low=np.float32(low))
-    one = feeds(np.float32, model_kit)
+    one = feeds(np.int64, model_kit)
     expected = model_kit.run(model, one)["y"]
-    result = BoundMasks(qnn())(model)
-    assert result.modified
+    work = BoundMasks(qnn())
+    result = work(model)
+    assert result.modified and "'low' is bounded to -100" in work.notes[0]
     assert float(result.model.graph.initializers["low"].const_value.numpy()) == -100
     np.testing.assert_allclose(model_kit.run(result.model, one)["y"], expected, atol=1e-7)
 
@@ -89,6 +91,10 @@ def test_a_filled_mask(model_kit):
         "g (float[4] s) => (float[4] y, float[4] t) { t = Add (s, low) y = Softmax (t) }",
         "g (float[4] s) => (float[4] y) { t = Max (s, low) y = Relu (t) }",
         "g (float[4] s) => (float[4] y) { t = Add (s, low) e = Exp (t) f = Softmax (t) y = Add (e, f) }",
+        # A temperature, and a mask that is scaled on its way.
+        "g (float[4] s) => (float[4] y) { t = Mul (s, low) y = Softmax (t) }",
+        "g (float[4] s) => (float[4] y) { t = Add (s, low) u = Mul (t, t) y = Softmax (u) }",
+        "g (float[4] s) => (float[4] y) { t = Max (s, low) y = Softmax (t) }",
         # The caller may give another.
         "g (float[4] s, float low) => (float[4] y) { t = Add (s, low) y = Softmax (t) }",
     ],

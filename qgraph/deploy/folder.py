@@ -38,17 +38,20 @@ def refuse(final: Path, folder: Path, force: bool, reads: Mapping[str, object]) 
     if not force:
         raise OptionError(f"{str(folder)!r} is not empty. Name a new folder, or replace it with --force.")
     if not _ours(final):
-        raise OptionError(f"{str(folder)!r} holds what qgraph deploy has not written; it is never replaced.")
+        what = "what qgraph deploy has not written, or files that were changed since"
+        raise OptionError(f"{str(folder)!r} holds {what}; it is never replaced.")
 
 
 def _ours(folder: Path) -> bool:
     """Whether a folder holds exactly what a deployment put there, or less."""
     try:
-        files = {line[66:] for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()}
+        files = {line[66:]: line[:64] for line in (folder / _SUMS).read_text(encoding="utf-8").splitlines()}
     except (OSError, UnicodeDecodeError):
         return False
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    return _MANIFEST in files and there <= files | {_SUMS}
+    if _MANIFEST not in files or not there <= {*files, _SUMS}:
+        return False
+    return all(files[name] == digest for name, _, digest in _digests(folder) if name in files)
 
 
 def move(made: Path, final: Path, previous: Path) -> None:

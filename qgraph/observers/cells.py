@@ -73,8 +73,10 @@ class CellObserver(Observer):
     def _reach(self, low: float, high: float) -> None:
         """Take in the extremes."""
         self._low, self._high = min(self._low, low), max(self._high, high)
-        exponent = int(np.frexp(max(-self._low, self._high))[1])
-        self._coarsen(exponent - _DEPTH)
+        reach = max(-self._low, self._high)
+        if reach > 0:
+            # Zeros lie in the cell at zero of any size, and ask for none.
+            self._coarsen(int(np.frexp(reach)[1]) - _DEPTH)
 
     def _coarsen(self, power: int) -> None:
         """Cells of at least this power of two."""

@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from qgraph.errors import ExecutionError, first_line
+from qgraph.errors import ExecutionError, UnprovedError, first_line
 from qgraph.modelio import external_files, size_on_disk
 from qgraph.runners.base import Ran, Runner, runners_folder
 from qgraph.session import Feeds
@@ -25,6 +25,10 @@ MEMORY = 4 << 30
 INLINE = 2 << 30
 """Bytes that one file of protocol buffers can hold."""
 _WORKER = Path(__file__).with_name("worker.mjs")
+
+
+_OLD = ("Unrecognized attribute", "not in range", "is not a registered function/op", "No Op registered for")
+"""How a runtime says that an operator is newer than itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +110,21 @@ class NodeRunner(Runner):
         them; the opset of its operators stays.
 
         Raises:
+            UnprovedError: the model has a newer opset, or newer operators, than this runtime knows.
             ExecutionError: the runner is not here, or its runtime refuses the model, crashes, or takes too long; or
-                the model has a newer opset or more bytes than it takes.
+                the model has more bytes than it takes.
         """
         if self.missing is not None:
             return super().run(model, feeds, config=config, seconds=seconds)  # which says so
         with tempfile.TemporaryDirectory(prefix=f"qgraph-{self.name}-model-") as name:
             path, external = self.readable(model, Path(name))
             able = dataclasses.replace(self, external=external)
-            return super(NodeRunner, able).run(path, feeds, config=config, seconds=seconds)
+            try:
+                return super(NodeRunner, able).run(path, feeds, config=config, seconds=seconds)
+            except ExecutionError as error:
+                if any(word in str(error) for word in _OLD):
+                    raise UnprovedError(f"it is too old for one of the model's operators. {error}") from error
+                raise
 
     def readable(self, model: Path, folder: Path) -> tuple[Path, tuple[tuple[str, str], ...]]:
         """The model as this runtime can read it, and its external data as (location in the model, file).
@@ -132,10 +142,7 @@ class NodeRunner(Runner):
             raise ExecutionError(f"{str(model)!r} is not a readable ONNX model: {first_line(error)}") from error
         opset = graph.opset_imports.get("", 0)
         if opset > self.newest_opset:
-            raise ExecutionError(
-                f"{self.how} cannot run {model.name}: it knows opsets up to {self.newest_opset}, and the model has "
-                f"{opset}. Export or convert it to an older one."
-            )
+            raise UnprovedError(f"{self.how} knows opsets up to {self.newest_opset}, and the model has {opset}.")
         files = external_files(graph)
         lost = sorted(file.name for file in files if not file.is_file())
         if lost:

@@ -135,11 +135,9 @@ class Limits:
     """What a provider asks of a whole graph.
 
     Attributes:
-        max_opset: the newest opset whose operators it knows; None for all that the runtime knows.
         static_shapes: whether it takes only nodes whose shapes are all known before the model is run.
     """
 
-    max_opset: int | None = None
     static_shapes: bool = False
 
 
@@ -160,6 +158,8 @@ class Target(abc.ABC):
     over RMS of the output. What the file itself lost by quantization is allowed in any case."""
     fuses_like_host: bool = True
     """Whether the CPU provider's optimized graph shows the kernels that are chosen there."""
+    rounds_apart: bool = False
+    """Whether its integer kernels round results that lie in the middle of two codes differently by processor."""
     mask: float | None = None
     """What hides a score before Softmax where graphs are in integers from end to end; None for what the model has."""
     ladder: tuple[str, ...] = ()

@@ -118,6 +118,7 @@ class Cpu(Target):
 
     refused = cpu_stored.REFUSED
     tolerance = 1e-4
+    rounds_apart = True
 
     def __init__(self, name: str, description: str, activation: Format, weight: Format, costs: Costs = SHIPPED):
         self.name = name

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
 from qgraph.targets.base import Refusal
 
-__all__ = ["float_activation", "product", "rows", "weight"]
+__all__ = ["finite", "finite_activation", "float_activation", "product", "rows", "weight"]
 
 
 def float_activation(value: ir.Value | None) -> Refusal | None:
@@ -23,6 +24,26 @@ def float_activation(value: ir.Value | None) -> Refusal | None:
     if value.dtype is None:
         return Refusal(f"the type of {value.name!r} could not be inferred")
     return None
+
+
+def finite(value: ir.Value) -> bool:
+    """Whether a constant holds numbers only; what is no constant is not looked at."""
+    array = graph.constant(value)
+    found = array is None or bool(np.isfinite(array).all())
+    del array
+    graph.release(value)
+    return found
+
+
+def finite_activation(value: ir.Value | None) -> Refusal | None:
+    """Why `value` cannot be a quantized activation: as on the CPU, or since a constant makes it infinite."""
+    maker = value.producer() if value is not None else None
+    if maker is not None and maker.op_type in ("Where", "Pad", "Max", "Min", "Add", "Concat"):
+        for one in maker.inputs:
+            small = one is not None and graph.is_float(one) and graph.has_constant(one)
+            if small and one is not None and not finite(one):
+                return Refusal(f"its input {str(value and value.name)!r} may be infinite")
+    return float_activation(value)
 
 
 def weight(value: ir.Value | None, what: str) -> Refusal | None:

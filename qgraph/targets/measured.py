@@ -12,7 +12,7 @@ from qgraph.targets.cpu_costs import Costs
 __all__ = ["measured"]
 
 
-def measured(base: Target, costs: Costs, note: str, name: str | None = None, provider: str | None = None) -> Cpu:
+def measured(base: Target, costs: Costs, note: str, name: str | None = None) -> Cpu:
     """The target `base` with other costs.
 
     Args:
@@ -20,7 +20,6 @@ def measured(base: Target, costs: Costs, note: str, name: str | None = None, pro
         costs: what they take.
         note: what reports say about them.
         name: what it is called; None for the name of `base`.
-        provider: its execution provider; None for that of `base`.
 
     Raises:
         OptionError: `base` does not look its times up in costs.
@@ -33,6 +32,4 @@ def measured(base: Target, costs: Costs, note: str, name: str | None = None, pro
     if name is not None:
         made.name = name
         made.description = f"{base.description}; measured on {costs.measured}"
-    if provider is not None:
-        made.provider = provider
     return made

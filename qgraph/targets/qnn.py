@@ -1,6 +1,6 @@
 """Qualcomm's Hexagon processor through QNN's HTP backend: the whole graph in integers, shapes known beforehand.
 
-Activations are u8 or u16, weights s8 per channel of a convolution, per tensor elsewhere. Weights in blocks are not
+Activations are u8 or u16, weights s8 per channel. Weights in blocks are not
 taken (MatMulNBits runs on the CPU), and INT4 weights come out wrong there (relative error 3.3), so that neither is
 written.
 """
@@ -70,7 +70,7 @@ class Qnn(whole.Whole):
     table = _TABLE
     exile = 1e-2
     mask = -100.0
-    ladder = ("int8", "a16w8")
+    ladder = ("int8", "a16w8", "fp32")
     refused = MappingProxyType(
         {
             "int4": "QNN's HTP takes INT4 weights and computes something else (relative error 3.3)",

@@ -196,9 +196,11 @@ def every(condition: Condition | None = None, output: Output = Output.QUANTIZED,
             if value is None or (value.dtype is not None and value.dtype != ir.DataType.FLOAT):
                 continue
             if graph.has_constant(value):
+                if not cpu_checks.finite(value):
+                    return Refusal(f"its constant {value.name!r} is not finite, which no codes are")
                 constants[position] = replace(codes, observer="minmax")
                 continue
-            refusal = cpu_checks.float_activation(value)
+            refusal = cpu_checks.finite_activation(value)
             if refusal is not None:
                 return refusal
             activations[position] = codes
@@ -230,7 +232,7 @@ def unary(
     """
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-        refusal = cpu_checks.float_activation(node.inputs[0])
+        refusal = cpu_checks.finite_activation(node.inputs[0])
         why = condition(node) if condition is not None else None
         if refusal is not None or why is not None:
             return refusal or Refusal(str(why))
@@ -271,7 +273,7 @@ def moves(condition: Condition | None = None) -> Entry:
     """Codes are only moved about: input and output share their parameters."""
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-        refusal = cpu_checks.float_activation(node.inputs[0])
+        refusal = cpu_checks.finite_activation(node.inputs[0])
         why = condition(node) if condition is not None else None
         if refusal is not None or why is not None:
             return refusal or Refusal(str(why))

@@ -8,7 +8,7 @@ bounds go into the range of the codes.
 
 from __future__ import annotations
 
-from qgraph.formats import INT8, Format
+from qgraph.formats import INT8
 from qgraph.spec import Mixture
 from qgraph.targets.base import Limits
 from qgraph.targets.cpu import Cpu
@@ -26,8 +26,8 @@ class Xnnpack(Cpu):
     evidence = "what it takes: onnxruntime-web 1.16.3; costs: those of x86 with VNNI"
     missing = "Its packages are for Android and iOS."
 
-    def __init__(self, *formats: Format):
-        super().__init__("xnnpack", "phones, XNNPACK: s8 convolutions, the rest on the arm64 CPU", *formats)
+    def __init__(self) -> None:
+        super().__init__("xnnpack", "phones, XNNPACK: s8 convolutions, the rest on the arm64 CPU", INT8, INT8)
         # Weights in blocks only by name: nothing of them is XNNPACK's, and its last runtime for WebAssembly, on which
         # all is proved, has an older operator of them.
         parts = tuple(part for part in self.schemes["auto"].parts if part.block is None)
@@ -41,4 +41,4 @@ class Xnnpack(Cpu):
 
 def xnnpack() -> Xnnpack:
     """XNNPACK with s8 activations and weights."""
-    return Xnnpack(INT8, INT8)
+    return Xnnpack()

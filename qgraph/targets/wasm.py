@@ -7,6 +7,7 @@ those of x86.
 from __future__ import annotations
 
 from qgraph.formats import INT8, UINT8
+from qgraph.spec import Mixture
 from qgraph.targets.cpu import Cpu
 
 __all__ = ["Wasm", "wasm"]
@@ -20,6 +21,15 @@ class Wasm(Cpu):
     tolerance = 1e-2
     evidence = "what it takes: onnxruntime-web; costs: those of x86 with VNNI"
 
+    def __init__(self) -> None:
+        super().__init__(
+            "wasm", "browsers through WebAssembly: u8 activations, s8 weights, weights in blocks", UINT8, INT8
+        )
+        # Weights in blocks only by name: one row of them ran at 0.05 to 0.07 times the speed of float32 there
+        # (`qgraph profile --export`, in Node).
+        parts = tuple(part for part in self.schemes["auto"].parts if part.block is None)
+        self.schemes = {**self.schemes, "auto": Mixture("auto", parts)}
+
     @property
     def native(self) -> bool:
         """Never: this process is no browser."""
@@ -28,4 +38,4 @@ class Wasm(Cpu):
 
 def wasm() -> Wasm:
     """onnxruntime-web without a GPU."""
-    return Wasm("wasm", "browsers through WebAssembly: u8 activations, s8 weights, weights in blocks", UINT8, INT8)
+    return Wasm()

@@ -145,7 +145,8 @@ def main(target: str, scheme: str, only: str | None) -> None:
             placed = found.report.placement
             plan = ", ".join(f"{n.op_type}" for n in found.report.quantized) or "float"
             if placed is None:
-                table.add_row(name, plan, "[red]refused", "", "", "", "")
+                why = next((note for note in found.report.notes if "proved" in note or "run there" in note), "")
+                table.add_row(name, plan, f"[red]not run: {why[:90]}", "", "", "", "")
                 continue
             ran = proof.place(path, where, samples[:1])
             with Session(path, SessionOptions(providers=(HOST,))) as session:

@@ -7,11 +7,27 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qgraph import graph, halves
-from qgraph.spec import PerBlock, Scheme
+from qgraph.float_formats import FP16
+from qgraph.formats import UINT2, UINT4, Int
+from qgraph.spec import Mixture, PerBlock, QuantSpec, Scheme
 from qgraph.targets import cpu_checks
-from qgraph.targets.base import Form, Kernel, Output, Refusal, Target
+from qgraph.targets.base import WEIGHTS, Form, Kernel, Output, Refusal, Target
 
-__all__ = ["Gpu", "Rates"]
+__all__ = ["FUSED", "Gpu", "Rates", "in_halves_and_blocks"]
+
+# Each is one kernel's start instead of several.
+FUSED = frozenset(
+    {
+        "FastGelu",
+        "Gelu",
+        "GroupQueryAttention",
+        "QuickGelu",
+        "RotaryEmbedding",
+        "SimplifiedLayerNormalization",
+        "SkipSimplifiedLayerNormalization",
+    }
+)
+"""Operators of the runtime's own that are faster on a GPU than their parts."""
 
 _MATRIX = 2
 
@@ -111,6 +127,22 @@ class Gpu(Target):
             float_seconds=rates.start + max(4 * weights / rates.memory, 2 * macs / rates.single),
             integer_seconds=seconds - rates.byte * (4 * weights - stored),
         )
+
+
+def in_halves_and_blocks(size: int) -> dict[str, Scheme | Mixture]:
+    """The schemes of a GPU: fp16, and weights in blocks of `size` with fp16 for what has none."""
+    half = Scheme(FP16.name, None, QuantSpec(FP16, observer="minmax"))
+    blocks = [
+        Scheme("int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, size), True, "minmax")),
+        *(Scheme(f"int{f.bits}", None, QuantSpec(f, PerBlock(0, size), observer="minmax")) for f in (UINT4, UINT2)),
+    ]
+    return {
+        "auto": Mixture("auto", (half, *blocks[:2])),
+        half.name: half,
+        **{one.name: Mixture(one.name, (one, half)) for one in blocks},
+        WEIGHTS: Mixture(WEIGHTS, (*blocks, half)),
+        "fp32": Mixture("fp32", (), "float"),
+    }
 
 
 def _sizes(node: ir.Node) -> tuple[int, int]:

@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qgraph.float_formats import FP16
-from qgraph.formats import UINT2, UINT4, Int
-from qgraph.spec import Mixture, PerBlock, QuantSpec, Scheme
-from qgraph.targets.base import WEIGHTS
-from qgraph.targets.gpu import Gpu, Rates
+from qgraph.spec import Mixture, Scheme
+from qgraph.targets.gpu import FUSED, Gpu, Rates, in_halves_and_blocks
 
 __all__ = ["WebGpu", "webgpu"]
 
@@ -33,17 +31,7 @@ class WebGpu(Gpu):
     half = FP16.name
     tolerance = 2e-2
     rates = Rates(start=2e-5, memory=60e9, single=2e12, half=4e12, unpacking=5e-12)
-    fast_operators = frozenset(
-        {
-            "FastGelu",
-            "Gelu",
-            "GroupQueryAttention",
-            "QuickGelu",
-            "RotaryEmbedding",
-            "SimplifiedLayerNormalization",
-            "SkipSimplifiedLayerNormalization",
-        }
-    )
+    fast_operators = FUSED
     refused: Mapping[str, str] = {
         "int8": _NO_INTEGERS.format("static integer kernels"),
         "int8-dynamic": _NO_INTEGERS.format("dynamic integer kernels"),
@@ -51,22 +39,7 @@ class WebGpu(Gpu):
     }
 
     def __init__(self) -> None:
-        half = Scheme(FP16.name, None, QuantSpec(FP16, observer="minmax"))
-        blocks = [
-            Scheme("int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, _BLOCK), True, "minmax")),
-            *(
-                Scheme(f"int{f.bits}", None, QuantSpec(f, PerBlock(0, _BLOCK), observer="minmax"))
-                for f in (UINT4, UINT2)
-            ),
-        ]
-        self.schemes: Mapping[str, Scheme | Mixture] = {
-            "auto": Mixture("auto", (half, *blocks[:2])),
-            half.name: half,
-            # What has no weight in blocks computes in fp16.
-            **{one.name: Mixture(one.name, (one, half)) for one in blocks},
-            WEIGHTS: Mixture(WEIGHTS, (*blocks, half)),
-            "fp32": Mixture("fp32", (), "float"),
-        }
+        self.schemes: Mapping[str, Scheme | Mixture] = in_halves_and_blocks(_BLOCK)
 
 
 def webgpu() -> WebGpu:

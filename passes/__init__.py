@@ -8,6 +8,7 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
+from qgraph.passes.drop_casts import DropCasts
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
@@ -31,7 +32,9 @@ from qgraph.passes.join_products import JoinProducts
 from qgraph.passes.mask_rows import MaskRows
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.narrow_weights import NarrowWeights
 from qgraph.passes.pack_ternary import PackTernary
+from qgraph.passes.plain_einsum import PlainEinsum
 from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.portable import Portable
 from qgraph.passes.quantize_cache import QuantizeCache
@@ -42,9 +45,11 @@ from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
 from qgraph.passes.smooth import Smooth
+from qgraph.passes.split_experts import SplitExperts
 from qgraph.passes.survey import Survey
 from qgraph.passes.survey_cache import SurveyCache
 from qgraph.passes.tie_head import TieHead
+from qgraph.passes.to_float import ToFloat
 from qgraph.passes.to_half import ToHalf
 
 __all__ = [
@@ -56,6 +61,7 @@ __all__ = [
     "CalibrateWeights",
     "Canonicalize",
     "CorrectBias",
+    "DropCasts",
     "Equalize",
     "FindTernary",
     "FitRanges",
@@ -79,7 +85,9 @@ __all__ = [
     "MaskRows",
     "MeasureShapes",
     "NanGuard",
+    "NarrowWeights",
     "PackTernary",
+    "PlainEinsum",
     "PlainTranspose",
     "Portable",
     "QuantizeCache",
@@ -90,8 +98,10 @@ __all__ = [
     "RoundBlocks",
     "RoundWeights",
     "Smooth",
+    "SplitExperts",
     "Survey",
     "SurveyCache",
     "TieHead",
+    "ToFloat",
     "ToHalf",
 ]

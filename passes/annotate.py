@@ -86,7 +86,7 @@ class Annotate(ir.passes.InPlacePass):
             static = next((kernel for kernel in found.values() if kernel.form is Form.QDQ), None)
             if static is not None:
                 kernels[node] = self._joined(node, static, resting.get(node))
-            node.meta[REASON] = reason if not found else _worth(static or alone[0])
+            node.meta[REASON] = reason if not found else self._worth(static or alone[0])
         for body in main.subgraphs():
             for node in body:
                 if self.rules.kernels(node)[0]:
@@ -108,6 +108,18 @@ class Annotate(ir.passes.InPlacePass):
             )
         self._annotate(main, kernels, results, chosen)
         return ir.passes.PassResult(model, False)
+
+    def _worth(self, kernel: Kernel) -> str:
+        """Why a node with an integer kernel is better off in float."""
+        gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
+        if gain < 0 < gain + kernel.price * 1e6:
+            return "in integers it would lose more accuracy than the time that it saves is worth"
+        if self.target.ordinal:
+            return "an integer kernel exists, but gains less than the way in and out is taken to cost"
+        gain += kernel.price * 1e6
+        if gain < -0.05:
+            return f"the integer kernel is slower by about {-gain:.1f} us"
+        return f"an integer kernel exists, but gains only {max(gain, 0):.1f} us, less than the way in and out costs"
 
     def _choose(
         self, main: ir.Graph, kernels: Mapping[ir.Node, Kernel], results: Mapping[ir.Node, list[ir.Value]]
@@ -191,17 +203,6 @@ class Annotate(ir.passes.InPlacePass):
                         value.meta[FOLLOWS] = True
         for value, root in groups.roots():
             value.meta[GROUP] = root.name
-
-
-def _worth(kernel: Kernel) -> str:
-    """Why a node with an integer kernel is better off in float."""
-    gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
-    if gain < 0 < gain + kernel.price * 1e6:
-        return "in integers it would lose more accuracy than the time that it saves is worth"
-    gain += kernel.price * 1e6
-    if gain < -0.05:
-        return f"the integer kernel is slower by about {-gain:.1f} us"
-    return f"an integer kernel exists, but gains only {max(gain, 0):.1f} us, less than the way in and out costs"
 
 
 def _absorbable(node: ir.Node) -> bool:

@@ -4,6 +4,9 @@ Few channels make most of a tensor's range, and often they meet small weights: w
 range is a bad one for its readers. The error of a range is measured on the sample of each reader's input. What the
 sample lacks is not forgotten: for each channel whose extreme over all the data lies outside the sample, that extreme
 counts as one more row, so that no rare large value is clipped for free.
+
+Where the data was surveyed in two halves (`qgraph.apart`), ranges are shares of what the first half has shown, above 1,
+too, and their error is that on the other half: a new sample goes beyond those seen as the other half does.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from qgraph.passes.annotate import GROUP
 
 from qgraph import graph
+from qgraph.apart import APART, WIDEST, Apart
 from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.qparams import QParams, fake_quantize, from_range
 from qgraph.spec import PerAxis, QuantSpec
@@ -119,28 +123,45 @@ def _fit(value: ir.Value, layers: list[ir.Node]) -> QParams:
             known[bounds] = sum(reader.error(params) for reader in readers)
         return known[bounds]
 
-    low = min(0.0, *(float(node.meta[CHANNELS][0].min()) for node in layers))
-    high = max(0.0, *(float(node.meta[CHANNELS][1].max()) for node in layers))
-    best = min(((low * factor, high * factor) for factor in _SHRINK), key=cost)
+    seen = _reach([node.meta[CHANNELS] for node in layers])
+    halves = [node.meta[APART] for node in layers if APART in node.meta]
+    apart = len(halves) == len(layers)
+    low, high = _reach([(half.low, half.high) for half in halves]) if apart else seen
+    widest = WIDEST if apart else 1.0
+    best = min(((low * factor, high * factor) for factor in widest * _SHRINK), key=cost)
     for factors in _REFINE:
         for side in (1, 0, 1):
             options = [best]
             for factor in factors:
                 first, last = best[0] * factor if side == 0 else best[0], best[1] * factor if side == 1 else best[1]
-                options.append((max(first, low), min(last, high)))
+                options.append((max(first, low * widest), min(last, high * widest)))
             best = min(options, key=cost)
+    if apart:
+        # What the first half needs for the other, all of the data needs for what is to come.
+        return from_range(*(share * end for share, end in zip(_shares(best, (low, high)), seen, strict=True)), spec)
     start = sum(reader.error(before) for reader in readers)
     return from_range(*best, spec) if cost(best) < _WORTH * start else before
 
 
+def _reach(bounds: list[tuple[Floats, Floats]]) -> Bounds:
+    """Of all channels together, with zero."""
+    return min(0.0, *(float(low.min()) for low, _ in bounds)), max(0.0, *(float(high.max()) for _, high in bounds))
+
+
+def _shares(bounds: Bounds, ends: Bounds) -> Bounds:
+    low, high = (bound / end if end else 1.0 for bound, end in zip(bounds, ends, strict=True))
+    return low, high
+
+
 def _reader(node: ir.Node) -> _Reader:
-    sample: Floats = node.meta[SAMPLE]
+    apart: Apart | None = node.meta.get(APART)
+    sample: Floats = node.meta[SAMPLE] if apart is None else apart.rows
     factor = _weight(node)
     rows = sample.reshape(len(sample), factor.shape[0], -1).transpose(1, 0, 2)
     outputs = np.square(rows @ factor, dtype=np.float64).sum(axis=(0, 2))
     mean = max(float(outputs.mean()), float(np.finfo(np.float32).tiny))
     factor = factor / np.float32(np.sqrt(mean))
-    low, high = node.meta[CHANNELS]
+    low, high = node.meta[CHANNELS] if apart is None else (apart.under, apart.over)
     seen = sample.reshape(len(sample), low.size, -1)
     under, over = low < seen.min(axis=(0, 2)), high > seen.max(axis=(0, 2))
     gain = np.square(factor, dtype=np.float64).sum(axis=2).reshape(low.size, -1).sum(axis=1)

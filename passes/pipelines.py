@@ -13,6 +13,7 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.correct_bias import CorrectBias
+from qgraph.passes.drop_casts import DropCasts
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
@@ -36,7 +37,9 @@ from qgraph.passes.join_products import JoinProducts
 from qgraph.passes.mask_rows import MaskRows
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
+from qgraph.passes.narrow_weights import NarrowWeights
 from qgraph.passes.pack_ternary import PackTernary
+from qgraph.passes.plain_einsum import PlainEinsum
 from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.portable import Portable
 from qgraph.passes.quantize_cache import QuantizeCache
@@ -47,22 +50,24 @@ from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
 from qgraph.passes.smooth import Smooth
+from qgraph.passes.split_experts import SplitExperts
 from qgraph.passes.survey import Survey
 from qgraph.passes.survey_cache import SurveyCache
 from qgraph.passes.tie_head import TieHead
+from qgraph.passes.to_float import ToFloat
 from qgraph.passes.to_half import ToHalf
 
 from qgraph.errors import OptionError
 from qgraph.pipeline import Context, Pipeline
 from qgraph.spec import Mixture, Scheme
 
-__all__ = ["assign", "float_only", "plan", "prepare", "quantize", "scale", "static", "survey", "write"]
+__all__ = ["assign", "float_only", "plan", "prepare", "quantize", "scale", "static", "survey", "widen", "write"]
 
 
 def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
     cache = [] if context.cache is None else [*_measure(context), *_cache(context)]
-    return Pipeline(*_rewrite(context), *cache, progress=context.progress)
+    return Pipeline(*_rewrite(context), *cache, NarrowWeights(), progress=context.progress)
 
 
 def plan(context: Context) -> Pipeline:
@@ -109,6 +114,11 @@ def quantize(context: Context) -> Pipeline:
     )
 
 
+def widen(context: Context) -> Pipeline:
+    """The model itself where the runtime cannot run it as it is: in float32, and nothing else about it changed."""
+    return Pipeline(ToFloat(), NarrowWeights(), progress=context.progress)
+
+
 def static(context: Context) -> Pipeline:
     """`quantize` for schemes whose activations have ranges fixed from calibration data."""
     if context.data is None:
@@ -123,6 +133,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         *fixed,
         Canonicalize(context.target.min_opset),
         InferTypes(),
+        *_widen(context),
         FuseLayers(),
         FoldShapes(),
         Recognize(context.target),
@@ -139,7 +150,24 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         BiasForm(),
         ResidualNorm(context.target),
         RaiseLevel(context.target),
+        *_experts(context),
         FindTernary(),
+    ]
+
+
+def _widen(context: Context) -> list[ir.passes.PassBase]:
+    """Floats of 16 bits to float32; where the target computes in them, only while there are numbers to decide about."""
+    # Caches that will be codes are none in 16 bits.
+    return [ToFloat(context.cache is None)] if context.target.half is None or context.scheme.parts else []
+
+
+def _experts(context: Context) -> list[ir.passes.PassBase]:
+    """A product for each expert, where weights may go into blocks."""
+    if not context.scheme.parts:
+        return []
+    return [
+        PlainEinsum(context.target),
+        SplitExperts(context.target, context.scheme, context.keep_float, context.choices),
     ]
 
 
@@ -249,6 +277,7 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         JoinProducts(),
         *_cache(context),
         *_half(context),
+        NarrowWeights(),
     ]
 
 
@@ -258,4 +287,4 @@ def _half(context: Context) -> list[ir.passes.PassBase]:
         return []
     # Caches in codes are no floats that the data could be run with.
     data = (context.data if context.cache is None else None, context.folder, context.budget)
-    return [ToHalf(context.target.half, None, True, *data, planned=True)]
+    return [ToHalf(context.target.half, None, True, *data, planned=True), DropCasts()]

@@ -50,10 +50,25 @@ class QuantizeCache(ir.passes.InPlacePass):
 
 
 def _quantize(main: ir.Graph, node: ir.Node, bits: int, names: set[str]) -> bool:
-    pasts, presents = node.inputs[3:5], node.outputs[1:3]
-    fits = all(v is not None and v.is_graph_input() and len(v.uses()) == 1 and graph.is_float(v) for v in pasts)
-    if not fits or any(CACHE not in v.meta or v.uses() for v in presents) or len(pasts) != 2:
+    # A model in float16 has Casts at both ends, which codes need not.
+    before = [caches.cast_from_input(value) for value in node.inputs[3:5]]
+    after = [caches.cast_to_output(value) for value in node.outputs[1:3]]
+    pasts = [value if cast is None else cast.inputs[0] for value, cast in zip(node.inputs[3:5], before, strict=True)]
+    presents = node.outputs[1:3]
+    fits = len(pasts) == 2 and all(
+        v is not None and v.is_graph_input() and len(v.uses()) == 1 and (cast is not None or graph.is_float(v))
+        for v, cast in zip(pasts, before, strict=True)
+    )
+    ends = all(CACHE in v.meta and (cast is not None or not v.uses()) for v, cast in zip(presents, after, strict=True))
+    if not fits or not ends:
         return False
+    for position, (past, cast) in enumerate(zip(pasts, before, strict=True), 3):
+        if cast is not None:
+            node.replace_input_with(position, past)
+            main.remove(cast, safe=True)
+    for present, cast in zip(presents, after, strict=True):
+        if cast is not None:
+            _hand_out(main, present, cast)
     scales: list[ir.Value] = []
     for past, present in zip(pasts, presents, strict=True):
         assert past is not None
@@ -73,3 +88,12 @@ def _quantize(main: ir.Graph, node: ir.Node, bits: int, names: set[str]) -> bool
     for name in ("k_quant_type", "v_quant_type"):
         node.attributes.add(ir.AttrString(name, "PER_CHANNEL"))
     return True
+
+
+def _hand_out(main: ir.Graph, value: ir.Value, cast: ir.Node) -> None:
+    """`value` becomes the output that `cast` makes of it."""
+    result = cast.outputs[0]
+    name, result.name = result.name, None
+    ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
+    main.remove(cast, safe=True)
+    value.name = name

@@ -4,27 +4,30 @@ Layers are done in order. With `Xf` what a layer reads in the model and `Xq` wha
 beginning, the weights wanted are `W + (Xq'Xq + d)^-1 Xq'(Xf - Xq) W`: they take back what the error so far makes of
 the output (Frantar and Alistarh, "Optimal Brain Compression", 2022, section 5, has the idea of the dense fit to the
 float outputs; Arai and Ichikawa, "Quantization Error Propagation: Revisiting Layer-Wise Post-Training Quantization",
-2025, section 4, the correction). Their codes are then found against `Xq'Xq` (`qgraph.block_rounding`).
+2025, section 4, the correction). Their codes are then found against `Xq'Xq` (`qgraph.block_rounding`). Where rows are
+few, both moments are shrunk towards inputs without correlation (Schaefer and Strimmer, "A Shrinkage Approach to
+Large-Scale Covariance Matrix Estimation", 2005, table 2, target D; the prior is fixed here).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph import calibration, graph
+from qgraph import calibration, graph, weights
 from qgraph.block_rounding import damped, round_blocks
 from qgraph.block_scales import Codes, Levels, searched
 from qgraph.blocks import BLOCKS, Blocks
 from qgraph.data import Dataset
 from qgraph.errors import QuantizationError
 from qgraph.formats import BINARY, TERNARY
+from qgraph.observers.twin_moment import TwinMoment, TwinReach
 from qgraph.outcome import LATE
 from qgraph.spec import PerBlock, QuantSpec
 from qgraph.streams import Streams
@@ -34,9 +37,13 @@ __all__ = ["RoundBlocks"]
 
 _DAMPING = 0.05
 """Share of the mean power of the inputs that is added to each: what the data has not shown may still happen."""
+_PRIOR = 0.5
+"""Rows, as a share of the inputs, that speak for inputs that have nothing to do with each other. On 42, 168 and 512
+rows of 256 inputs, codes of four bits lose 0.9, 1.5 and 0.1 dB less on others for it; on 2048, 0.1 dB more."""
+_ALIKE = 4
+"""Rows that speak for inputs of the same power: one row or two say little of even that."""
 _LATE = f"{LATE} before its codes were learned: they are rounded to nearest"
-_ROWS = 1024
-"""Rows whose products are summed in float32, before they go into a sum in float64."""
+_UNSEEN = "the data shows no finite input of it: its codes are rounded to nearest"
 
 
 class RoundBlocks(ir.passes.InPlacePass):
@@ -65,7 +72,7 @@ class RoundBlocks(ir.passes.InPlacePass):
         folder: Path | None = None,
         budget: int = calibration.DEFAULT_BUDGET,
         progress: Callable[[str, int, int], None] | None = None,
-        store: dict[str, Blocks] | None = None,
+        store: MutableMapping[str, Blocks] | None = None,
         damping: float = _DAMPING,
         sweeps: int = 3,
         correct: bool = True,
@@ -77,7 +84,7 @@ class RoundBlocks(ir.passes.InPlacePass):
         self.folder = folder
         self.budget = budget
         self.progress = progress
-        self.store = {} if store is None else store
+        self.store: MutableMapping[str, Blocks] = {} if store is None else store
         self.damping = damping
         self.sweeps = sweeps
         self.correct = correct
@@ -96,6 +103,9 @@ class RoundBlocks(ir.passes.InPlacePass):
                 self._give(node, keys)
             return ir.passes.PassResult(model, False)
         start, total, done = time.monotonic(), sum(map(_work, nodes)), 0.0
+        # Experts of one layer read what is made at once; the streams stop there once.
+        made: dict[ir.Value | None, int] = {v: at for at, node in enumerate(model.graph) for v in node.outputs}
+        reached = 0
         with Streams(model, self.data, _is_planned, self._write, self.folder) as streams:
             for number, (position, group) in enumerate(groups):
                 if self.progress is not None:
@@ -108,11 +118,14 @@ class RoundBlocks(ir.passes.InPlacePass):
                     for node in (one for _, rest in groups[number:] for one in rest if one not in late):
                         self._give(node, keys)
                     break
-                streams.advance(position)
+                if made.get(group[0].inputs[0], -1) >= reached:
+                    streams.advance(position)
+                    reached = position
                 if any(keys[node] not in self.store for node in group):
                     self._solve(group, streams, keys)
                 for node in group:
-                    self._give(node, keys)
+                    if keys[node] in self.store:
+                        self._give(node, keys)
                 done += sum(map(_work, group))
         return ir.passes.PassResult(model, False)
 
@@ -153,12 +166,18 @@ class RoundBlocks(ir.passes.InPlacePass):
     def _solve(self, group: Sequence[ir.Node], streams: Streams, keys: dict[ir.Node, str]) -> None:
         source = group[0].inputs[0]
         assert source is not None
-        moment, drift = _moments(streams, source, self.correct)
-        moment = damped(moment, self.damping)
+        found = _moments(streams, source, self.correct)
+        if found is None:
+            self.refused.update({graph.label(node): _UNSEEN for node in group})
+            return
+        moment, drift = damped(found[0], self.damping), found[1]
+        del found
         cured = None if drift is None else np.linalg.solve(moment, drift).astype(np.float32)
         del drift
         done: dict[tuple[ir.Value, QuantSpec], Blocks] = {}
         for node in group:
+            if keys[node] in self.store:
+                continue
             kernel, weight = _kernel(node), node.inputs[1]
             assert kernel is not None and kernel.weight is not None and weight is not None
             spec = kernel.weight[1]
@@ -187,12 +206,7 @@ class RoundBlocks(ir.passes.InPlacePass):
 def _kernel(node: ir.Node) -> Kernel | None:
     """That of a product with weights in blocks."""
     kernel: Kernel | None = node.meta.get(KERNEL)
-    if (
-        kernel is None
-        or kernel.form is not Form.WEIGHTS
-        or kernel.weight is None
-        or node.op_type not in ("MatMul", "Gemm")
-    ):
+    if kernel is None or kernel.form is not Form.WEIGHTS or kernel.weight is None or not weights.is_product(node):
         return None
     # What is ternary is so already, or as a network was trained.
     few = kernel.weight[1].format in (TERNARY, BINARY)
@@ -232,25 +246,29 @@ def _keys(main: ir.Graph) -> dict[ir.Node, str]:
 
 def _moments(
     streams: Streams, source: ir.Value, correct: bool
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """(mean of xq xq^T, mean of xq (xf - xq)^T) over all rows; None where the streams are one."""
-    moment: NDArray[np.float64] | None = None
-    drift: NDArray[np.float64] | None = None
-    count = 0
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None] | None:
+    """(mean of xq xq^T, mean of xq (xf - xq)^T or None where the streams are one); None without a finite row."""
+    differ = correct and streams.differs(source) and streams.aligned(source)
+    reach = TwinReach()
     for own, other in streams.pairs(source):
-        wide = other.reshape(-1, other.shape[-1]).astype(np.float32, copy=False)
-        lost = own.reshape(wide.shape) - wide if correct and streams.differs(source) else None
-        if moment is None:
-            moment = np.zeros((wide.shape[1],) * 2)
-            drift = None if lost is None else np.zeros_like(moment)
-        for start in range(0, len(wide), _ROWS):
-            rows = wide[start : start + _ROWS]
-            moment += rows.T @ rows
-            if lost is not None and drift is not None:
-                drift += rows.T @ lost[start : start + _ROWS]
-        count += len(wide)
-    assert moment is not None, "data holds at least one batch"
-    moment /= max(1, count)
+        reach.update(own if differ else other, other)
+    if reach.twin is None:
+        return None
+    seen = TwinMoment(reach, differ)
+    for own, other in streams.pairs(source):
+        seen.update(own if differ else other, other)
+    return _shrunk(*seen.moments(), seen.rows)
+
+
+def _shrunk(
+    moment: NDArray[np.float64], drift: NDArray[np.float64] | None, rows: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """What few rows say of two inputs together counts less, in place: an expert may see fewer tokens than inputs."""
+    share = rows / (rows + _PRIOR * len(moment))
+    powers = np.diagonal(moment).copy()
+    powers += (powers.mean() - powers) * (_ALIKE / (rows + _ALIKE))
+    moment *= share
+    np.fill_diagonal(moment, powers)
     if drift is not None:
-        drift /= max(1, count)
+        drift *= share
     return moment, drift

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import calibration, graph
+from qgraph.apart import APART, SHARE, Apart
 from qgraph.calibration import CHANNELS, SAMPLE, STATISTICS
 from qgraph.data import Dataset
 from qgraph.observers.channel_range import ChannelRange
-from qgraph.observers.sample import Sample
+from qgraph.observers.sample import Patches, Sample
 from qgraph.observers.second_moment import patches_of
 
 __all__ = ["Survey"]
@@ -25,6 +27,8 @@ __all__ = ["Survey"]
 
 class Survey(ir.passes.InPlacePass):
     """Runs the data and writes `Node.meta["qgraph.sample"]` and `["qgraph.channels"]` on layers with constant weights.
+
+    Products get `["qgraph.apart"]`, too, where there are four batches or more.
 
     Args:
         data: the calibration data.
@@ -55,8 +59,9 @@ class Survey(ir.passes.InPlacePass):
             statistics = source.meta.setdefault(STATISTICS, {})
             statistics.setdefault(patches, Sample(patches))
             statistics.setdefault(axis, ChannelRange(axis))
+        halves: dict[ir.Value, Apart] = {}
         if layers:
-            calibration.observe(model, self.data, self.folder, self.budget, self._report)
+            self._observe(model, layers, halves)
         # Layers that read one value share its sample.
         items: dict[tuple[ir.Value, object], NDArray[np.float32] | None] = {}
         for node, patches in layers.items():
@@ -65,10 +70,38 @@ class Survey(ir.passes.InPlacePass):
             if (source, patches) not in items:
                 items[source, patches] = source.meta[STATISTICS][patches].items
             _hand_over(node, items[source, patches], source.meta[STATISTICS][axis])
+            if source in halves and patches is None:
+                node.meta[APART] = halves[source]
         for node in layers:
             if node.inputs[0] is not None:
                 node.inputs[0].meta.pop(STATISTICS, None)
         return ir.passes.PassResult(model, False)
+
+    def _observe(self, model: ir.Model, layers: dict[ir.Node, Patches | None], halves: dict[ir.Value, Apart]) -> None:
+        """All data, half by half where there are two: what products read is kept apart, too, in `halves`."""
+        first, second = self.data.split(SHARE)
+        calibration.observe(model, first, self.folder, self.budget, self._report)
+        if second is None:
+            return
+        sources = {node.inputs[0]: patches for node, patches in layers.items()}
+        before: dict[ir.Value, dict[Any, Any]] = {}
+        for source in sources:
+            assert source is not None
+            before[source] = source.meta[STATISTICS]
+            source.meta[STATISTICS] = {
+                key: ChannelRange(key) if isinstance(old, ChannelRange) else Sample(old.patches)
+                for key, old in before[source].items()
+            }
+        calibration.observe(model, second, self.folder, self.budget, self._report)
+        for source, statistics in before.items():
+            later = source.meta[STATISTICS]
+            if None in statistics and -1 in statistics:
+                one, other, rows = statistics[-1], later[-1], later[None].fair
+                if one.low is not None and other.low is not None and rows is not None:
+                    halves[source] = Apart(one.low, one.high, other.low, other.high, rows)
+            for key, statistic in statistics.items():
+                statistic.merge(later[key])
+            source.meta[STATISTICS] = statistics
 
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:

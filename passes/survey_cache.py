@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph import calibration, graph
-from qgraph.caches import Seen
+from qgraph.caches import Seen, cast_to_output
 from qgraph.calibration import STATISTICS
 from qgraph.data import Dataset
 
@@ -45,7 +45,7 @@ class SurveyCache(ir.passes.InPlacePass):
             for node in model.graph
             if (node.domain, node.op_type) == ("com.microsoft", "GroupQueryAttention")
             for value in node.outputs[1:3]
-            if value.is_graph_output() and graph.is_float(value)
+            if graph.is_float(value) and (value.is_graph_output() or cast_to_output(value) is not None)
         ]
         for value in caches:
             value.meta[CACHE] = Seen()

@@ -29,6 +29,7 @@ __all__ = ["ToHalf"]
 _FLOAT = ir.DataType.FLOAT
 _FORMATS = {"fp16": FP16, "bf16": BF16}
 _PEAK = "qgraph.peak"
+_CROSSING = "it was put in where float32 and {} meet"
 
 
 class ToHalf(ir.passes.InPlacePass):
@@ -89,7 +90,11 @@ class ToHalf(ir.passes.InPlacePass):
                 kernel: Kernel | None = node.meta.get(KERNEL)
                 if kernel is not None and kernel.form is Form.HALF:
                     del node.meta[KERNEL]
+                if KERNEL not in node.meta:
                     node.meta[REASON] = reason
+            elif floats and node.graph is not model.graph:
+                # Annotation decides about the main graph alone; bodies follow it.
+                node.meta[KERNEL] = Kernel((node.op_type,), {}, form=Form.HALF, scheme=self.format.name)
         _Rewriting(self, model, nodes, kept, peaks, opset).run()
         for value in peaks:
             value.meta.pop(STATISTICS, None)
@@ -253,6 +258,7 @@ class _Rewriting:
     ) -> ir.Value:
         name = graph.fresh_name(f"{like.name}_{operator}", self.names)
         node = ir.Node("", operator, inputs, attributes=attributes, name=name)
+        node.meta[REASON] = _CROSSING.format(self.format.name)
         result = node.outputs[0]
         result.name = graph.fresh_name(f"{name}_output", self.names)
         result.type, result.shape = ir.TensorType(kind), like.shape

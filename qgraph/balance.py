@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph
+from qgraph.apart import WIDEST, Apart
 from qgraph.qparams import QParams, from_range
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
 
@@ -25,8 +26,8 @@ __all__ = ["Balance", "Reader", "search"]
 
 Array = NDArray[np.float32]
 Scales = NDArray[np.float64]
-_SHARES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12)
-"""Shares of the full range that are tried for activations."""
+_SHARES = (WIDEST, 1.4, 1.2, 1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12)
+"""Shares of the range seen that are tried for activations; above 1 they lose unless other data is judged on."""
 _SAMPLES, _COLUMNS = 128, 192
 """Rows of the sample, and output channels of a layer, on which the error is measured."""
 _ROWS = 64
@@ -54,6 +55,7 @@ class Reader:
         weight: how its weight will be.
         relative: whether each output channel's error counts relative to that channel's power: when the channels behind
             may be scaled as well, their sizes mean nothing.
+        apart: halves of what it reads: then candidates are made of the first, and their error is that on the other.
     """
 
     def __init__(
@@ -65,10 +67,13 @@ class Reader:
         activation: QuantSpec | None,
         weight: QuantSpec,
         relative: bool,
+        apart: Apart | None = None,
     ):
         self.node, self.index, self.activation = node, index, activation
         self._weight = weight
-        self._low, self._high = bounds
+        self._low, self._high = self._seen = bounds
+        if apart is not None and activation is not None:
+            sample, self._low, self._high = apart.rows, apart.low, apart.high
         self._groups = node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1
         # As [samples, channels, taps] and [made, channels in a group, taps], whatever the layer.
         self._sample = sample[:_SAMPLES].reshape(-1, sample.shape[1], math.prod(sample.shape[2:]))
@@ -93,15 +98,18 @@ class Reader:
             self._rows = 1.0 / np.maximum(row + np.median(row), silent)
         self._signal = max(float(row @ self._rows), silent)
 
-    @property
-    def magnitudes(self) -> Array:
-        """Size of each input channel, [channels]: the largest over all the data, which a quantized input must hold.
+    def magnitudes(self, everything: bool) -> Array:
+        """Size of each input channel, [channels]: the largest that a quantized input must hold.
 
         Where only weights are quantized their errors count by the power of what they multiply.
+
+        Args:
+            everything: whether over all the data, or over what candidates are made of.
         """
         if self.activation is None:
             return np.asarray(np.sqrt(np.square(self._sample).mean(axis=(0, 2))))
-        return np.asarray(np.maximum(np.abs(self._low), np.abs(self._high)))
+        low, high = self._seen if everything else (self._low, self._high)
+        return np.asarray(np.maximum(np.abs(low), np.abs(high)))
 
     @property
     def shares(self) -> Array:
@@ -205,10 +213,11 @@ def search(readers: list[Reader], free: NDArray[np.bool_]) -> Balance:
         readers: the layers whose error counts, at least one.
         free: channels that may be scaled, [channels].
     """
-    magnitude = np.zeros(free.size)
+    magnitude, whole = np.zeros(free.size), np.zeros(free.size)
     share = np.zeros(free.size)
     for reader in readers:
-        np.maximum.at(magnitude, reader.index, reader.magnitudes)
+        np.maximum.at(magnitude, reader.index, reader.magnitudes(False))
+        np.maximum.at(whole, reader.index, reader.magnitudes(True))
         np.maximum.at(share, reader.index, reader.shares)
     chosen = free & (magnitude > 0)
     scale = np.ones(free.size)
@@ -234,7 +243,9 @@ def search(readers: list[Reader], free: NDArray[np.bool_]) -> Balance:
                 best = point
                 break
     if tried[best] < before:
-        return Balance(family.scale(*best), _decibels(before), _decibels(tried[best]))
+        # Tested on one half of the data, the factors are those of all of it.
+        factors = _Family(whole, share, chosen).scale(*best)
+        return Balance(factors, _decibels(before), _decibels(tried[best]))
     return Balance(scale, _decibels(before), _decibels(before))
 
 

@@ -8,12 +8,13 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qgraph import audit, graph, modelio, outcome, registry
+from qgraph.blocks import Blocks
 from qgraph.calibration import SAMPLE
 from qgraph.compare import Runnable
 from qgraph.errors import AuditError, NothingQuantizedError
@@ -97,11 +98,8 @@ class Builder:
     ):
         self.original = model
         self.context = dataclasses.replace(context, store={}, codes={}, blocks={}, progress=progress)
-        self.workspace = workspace
-        self.output = output
-        self.external = external
-        self.avoid = avoid
-        self.progress = progress
+        self.workspace, self.output, self.external = workspace, output, external
+        self.avoid, self.progress = avoid, progress
         self.refused: dict[tuple[str, str], str] = {}
         self.measured: dict[tuple[str, str], tuple[float, float]] = {}
         saved = context.ranges is not None or context.save_ranges is not None or context.scheme.torch
@@ -118,6 +116,7 @@ class Builder:
         self._changed: dict[str, bool] = {}
         self.unfollowed: list[str] = []
         self.audit: Callable[[Path, audit.Plan, Target], audit.Audit] = audit.audit
+        self.keep: Callable[[str, ir.Model], MutableMapping[str, Blocks]] = lambda variant, model: {}
 
     @property
     def prepared(self) -> ir.Model:
@@ -186,7 +185,8 @@ class Builder:
                 steps = [*steps, *pipeline.steps]
                 self._changed[self.variant] = any(getattr(one, "changes", ()) for one in pipeline.passes)
             # Weights that were changed are new; they go to disk like the others.
-            context = dataclasses.replace(context, folder=self.workspace.spill(model))
+            kept = self.keep(self.variant, model)
+            context = dataclasses.replace(context, folder=self.workspace.spill(model), blocks=kept)
             self._variants[self.variant] = model, steps, context
 
     def assignment(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None) -> dict[str, str]:

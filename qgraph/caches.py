@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph import graph
 from qgraph.session import Feeds, Session
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Cache",
     "Seen",
     "Translated",
+    "cast_from_input",
+    "cast_to_output",
     "decode",
     "encode",
     "found",
@@ -101,6 +104,22 @@ def found(model: ir.Model) -> list[Cache]:
                 array = np.array(numbers.const_value.numpy(), np.float32)
                 caches.append(Cache(str(source.name), str(node.outputs[present].name), bits, array))
     return caches
+
+
+def cast_from_input(value: ir.Value | None) -> ir.Node | None:
+    """The Cast of an input of the model that alone makes `value`, for one reader; None where there is none such."""
+    maker = graph.producer(value, "Cast")
+    source = maker.inputs[0] if maker is not None else None
+    alone = value is not None and source is not None and len(value.uses()) == len(source.uses()) == 1
+    return maker if alone and source is not None and source.is_graph_input() else None
+
+
+def cast_to_output(value: ir.Value) -> ir.Node | None:
+    """The Cast that alone reads `value`, and makes an output of the model of it; None where there is none such."""
+    readers = value.consumers()
+    alone = len(readers) == 1 and graph.is_standard(readers[0], "Cast") and not value.is_graph_output()
+    result = readers[0].outputs[0] if alone else None
+    return readers[0] if result is not None and result.is_graph_output() and not result.uses() else None
 
 
 def step(sample: NDArray[np.float32], largest: NDArray[np.float32], bits: int) -> NDArray[np.float32]:

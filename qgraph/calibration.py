@@ -229,7 +229,8 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored.items())
     except (*UNREADABLE, AttributeError, TypeError) as error:  # the last two: a .npy file
-        raise DataError(f"Cannot read ranges from {str(path)!r}: {first_line(error)}") from error
+        what = first_line(error) if isinstance(error, OSError) else "it is no file that --save-ranges wrote"
+        raise DataError(f"Cannot read ranges from {str(path)!r}: {what}.") from error
     if not {"qgraph", "model", "names", "kinds"} <= arrays.keys():
         raise DataError(f"{str(path)!r} holds no ranges written by qgraph.")
     if arrays["qgraph"].tolist() != [_VERSION]:

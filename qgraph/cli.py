@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,25 @@ from rich.console import Console
 
 import qgraph
 from qgraph import bench as timing
-from qgraph import checks, config, elsewhere, html, inspection, modelio, observers, ranking, registry, terminal
+from qgraph import (
+    checks,
+    config,
+    elsewhere,
+    html,
+    inspection,
+    interrupted,
+    modelio,
+    observers,
+    ranking,
+    registry,
+    terminal,
+)
 from qgraph import data as sources
 from qgraph.cli_deploy import deploy
 from qgraph.cli_profile import profile
 from qgraph.compare import Runnable
 from qgraph.compare import compare as compare_models
-from qgraph.errors import OptionError, QGraphError
+from qgraph.errors import OptionError, QGraphError, first_line
 from qgraph.options import refuse_overwriting
 from qgraph.qconfigs import QCONFIGS
 
@@ -42,6 +55,11 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             raise click.ClickException("Interrupted; nothing was written.") from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # click's own
+                raise
+            what = "" if error.filename is None else f" {str(error.filename)!r}"
+            raise click.ClickException(f"The system cannot use{what or ' a file'}: {first_line(error)}.") from error
         except MemoryError:
             raise click.ClickException("Out of memory. Lower --memory, or use fewer or smaller samples.") from None
 
@@ -107,7 +125,7 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
 @click.option("--min-cosine", type=float, help="Least mean cosine similarity of the worst output.")
 @click.option("--min-agreement", type=float, help="Least share of samples with the same largest element.")
 @click.option("--time-limit", default=60.0, show_default=True, metavar="SECONDS", type=click.FloatRange(0),
-              help="When to stop searching and take the best that was found.")  # fmt: skip
+              help="When to stop searching and take the best that was found; timing it comes on top.")  # fmt: skip
 @click.option("--state", type=_MODEL, callback=_new_file, help="Keep what was measured here, and go on from it.")
 @click.option("--block-size", type=int, metavar="32|64|128",
               help="Weights that share a scale in blocks: few are more faithful, many are faster.")  # fmt: skip
@@ -143,6 +161,7 @@ def _overrides(ctx: click.Context, parameter: click.Parameter, pairs: tuple[str,
     "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values cached so; inputs and outputs change type."
 )
 @click.option("--pack", is_flag=True, help="Ternary weights in 1.6 bits on disk, binary in 1; unpacked at load.")
+@click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights.  [default: any; 2GB for browsers]")
 @click.option("--check", type=click.Choice(checks.CHECKS),
               help="What to prove: parts needs little memory, none proves nothing.  [default: what fits]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Write the result even if it is slower, or outside the budget.")
@@ -176,8 +195,8 @@ def optimize(ctx: click.Context, /, model: Path, output: Path, data: str | None,
         html.require()
     chosen = qgraph.Options(memory=memory << 20, keep_float=keep_float, **options)
     if save_config is not None:
-        config.save(_given(ctx), save_config)
-    with terminal.progress(console) as progress:
+        config.save(config.given(ctx), save_config)
+    with interrupted.told(chosen.state), terminal.progress(console) as progress:
         result = qgraph.optimize(
             model, output, data=data, evaluation=evaluation, options=chosen, progress=progress
         )  # fmt: skip
@@ -186,17 +205,6 @@ def optimize(ctx: click.Context, /, model: Path, output: Path, data: str | None,
     elif report_path is not None:
         result.report.save(report_path)
     terminal.show_report(console, result.report)
-
-
-def _given(ctx: click.Context) -> dict[str, Any]:
-    """The options that are not defaults, by their long names."""
-    found: dict[str, Any] = {}
-    for parameter in ctx.command.params:
-        source = ctx.get_parameter_source(str(parameter.name))
-        known = source not in (click.core.ParameterSource.DEFAULT, None)
-        if isinstance(parameter, click.Option) and known and parameter.name not in ("config_path", "save_config"):
-            found[max(parameter.opts, key=len).lstrip("-")] = ctx.params[str(parameter.name)]
-    return found
 
 
 @main.command()
@@ -218,10 +226,10 @@ def sensitivity(model: Path, data: str, target: str, scheme: str, exact: int, ev
 @main.command()
 @click.argument("model", type=_MODEL)
 @_common
-@click.option("--scheme", default="int8", show_default=True, help="The numbers to use.")
+@click.option("--scheme", help="The numbers to use.  [default: int8 where the target has it, else auto]")
 @click.option("--data", help="Data whose first sample tells the sizes of dynamic dimensions: " + _DATA_HELP)
 @click.option("--nodes", is_flag=True, help="List every node.")
-def inspect(model: Path, target: str, scheme: str, data: str | None, nodes: bool) -> None:
+def inspect(model: Path, target: str, scheme: str | None, data: str | None, nodes: bool) -> None:
     """Show MODEL's operators and sizes, what would be quantized, and why the rest would not."""
     terminal.show_inspection(Console(), model, inspection.inspect(model, target, scheme, data), nodes)
 

@@ -24,7 +24,7 @@ _PATH = click.Path(path_type=Path)
 @click.option("--for", "platforms", multiple=True, metavar="|".join(deployment.PLATFORMS),
               help="Examples to write; repeatable, or with commas.  [default: all]")  # fmt: skip
 @click.option("--data", help="Its first sample travels along; see `qgraph optimize`.  [default: random numbers]")
-@click.option("--report", type=_PATH, help="A report of `qgraph optimize` to copy along.")
+@click.option("--report", type=_PATH, help="What `qgraph optimize --report` wrote about MODEL, to copy along.")
 @click.option("--ort-web", type=_PATH, help="A folder of onnxruntime-web, to copy beside the page.")
 @click.option("--force", is_flag=True, help="Replace a folder that was deployed before.")
 def deploy(model: Path, folder: Path, target: str, ort: bool, platforms: tuple[str, ...], data: str | None,

@@ -100,6 +100,9 @@ class _Error:
         return math.sqrt(max(self.squares / count - mean * mean, 0.0)) / mean
 
 
+_NO_NUMBERS = "nothing can be compared with it"
+
+
 def decibels(signal: float, noise: float) -> float:
     """10 log10(signal / noise); infinite without noise, not a number for NaN."""
     if noise == 0.0:
@@ -119,8 +122,12 @@ class Reference:
         options: session options.
         folder: where the outputs wait; the size of the data does not matter.
 
+    Attributes:
+        count: batches.
+        numbers: in all outputs of all batches.
+
     Raises:
-        DataError: an output is NaN.
+        DataError: an output is NaN, or none is a tensor of numbers.
     """
 
     def __init__(self, original: Runnable, data: Dataset, options: SessionOptions, folder: Path):
@@ -129,6 +136,7 @@ class Reference:
         self._folder = folder
         self._names: list[str] = []
         self.count = 0
+        self.numbers = 0
         folder.mkdir(parents=True, exist_ok=True)
         with original.session(options) as session:
             for self.count, batch in enumerate(data, 1):
@@ -140,6 +148,9 @@ class Reference:
                             "it. The float model itself overflows there, or the data is wrong."
                         )
                 self._names = self._save(self.count, found)
+                if not self._names:
+                    raise DataError(f"The original has no output that is a tensor of numbers: {_NO_NUMBERS}.")
+                self.numbers += sum(found[name].size for name in self._names)
 
     def _save(self, number: int, outputs: dict[str, NDArray[Any]], mark: str = "") -> list[str]:
         numeric = {name: value for name, value in outputs.items() if _is_numeric(value)}

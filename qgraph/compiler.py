@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from qgraph import checks, modelio, registry, unproved
+from qgraph import checks, fingerprint, modelio, registry, shards, unproved
 from qgraph.data import DataSource, inputs_of, load
 from qgraph.errors import AccuracyError, NothingQuantizedError, ProviderError, first_line, unknown
 from qgraph.job import AUTO, Job, Progress
@@ -17,6 +18,9 @@ from qgraph.options import Options, refuse_overwriting
 from qgraph.report import Report
 
 __all__ = ["Options", "Result", "optimize"]
+
+_FATAL = re.compile(r", so nothing was written| Widen the budget, .*$")
+"""What the error of a step of a ladder says, and is not so where another step follows."""
 
 
 @dataclasses.dataclass
@@ -66,11 +70,15 @@ def optimize(
         {"output": output, "file of saved ranges": options.save_ranges, "state of the search": options.state},
         {"input": model, "calibration data": data, "evaluation data": evaluation, "file of ranges": options.ranges},
     )
-    workspace = modelio.Workspace(output)
+    most = shards.limit(options.max_shard_size, registry.target(options.target).web)
+    workspace = modelio.Workspace(output, most)
     try:
         job, staged = _climbed(model, output, options, workspace, progress or _silent, data, evaluation)
+        job.report.notes += shards.notes(staged.path, most)
         if output is not None:
+            job.report.notes += shards.left_behind(output, staged.path)
             staged.commit()
+            job.report.sha256 = fingerprint.of_file(output)
         result = Result(modelio.read(output or staged.path), job.report)
     except BaseException:
         workspace.close()
@@ -114,7 +122,8 @@ def _climbed(
         except (AccuracyError, NothingQuantizedError, ProviderError) as error:
             if last:
                 raise
-            notes.append(f"Scheme {scheme!r} was tried first. {first_line(error, 1000)}")
+            when = "next" if notes else "first"
+            notes.append(f"Scheme {scheme!r} was tried {when}. {_FATAL.sub('', first_line(error, 1000))}")
     raise AssertionError("a ladder has a last step")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import tomli_w
 
 from qgraph.errors import ModelError, OptionError, first_line, unknown
@@ -25,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["load", "save"]
+__all__ = ["given", "load", "save"]
 
 _OVERRIDE = "override"
 
@@ -61,6 +62,17 @@ def load(path: Path, known: Collection[str]) -> dict[str, Any]:
 
 def _is_list_of_text(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def given(ctx: click.Context) -> dict[str, Any]:
+    """The options that are not defaults, by their long names."""
+    found: dict[str, Any] = {}
+    for parameter in ctx.command.params:
+        source = ctx.get_parameter_source(str(parameter.name))
+        known = source not in (click.core.ParameterSource.DEFAULT, None)
+        if isinstance(parameter, click.Option) and known and parameter.name not in ("config_path", "save_config"):
+            found[max(parameter.opts, key=len).lstrip("-")] = ctx.params[str(parameter.name)]
+    return found
 
 
 def save(options: Mapping[str, Any], path: Path) -> None:

@@ -12,9 +12,10 @@ from qgraph import bench, caches, compare
 from qgraph.builder import Builder, Built
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
+from qgraph.modelio import size_on_disk
 from qgraph.observers.counts import Bins
 from qgraph.observers.histogram import Histogram
-from qgraph.report import Fidelity, OperatorTime, Report, ValueHistogram
+from qgraph.report import Fidelity, Footprint, OperatorTime, Report, ValueHistogram
 from qgraph.session import Feeds
 from qgraph.targets import QPARAMS, Target
 
@@ -41,10 +42,15 @@ def fill(
         report.operators = operator_times(original, built.runnable, feeds, target)
 
 
-def weigh(report: Report, before: Path, after: Path, feeds: Feeds, target: Target) -> None:
-    """Complete `report` with what the two files take on disk and in memory."""
-    report.before = bench.footprint(before, feeds, target.options())
-    report.after = bench.footprint(after, caches.given(after, feeds), target.options())
+def weigh(report: Report, before: Path | None, after: Path, run: tuple[Feeds, Target] | None) -> None:
+    """Complete `report` with what the two files take on disk; and in memory, if they are to `run`."""
+    if before is None:
+        return
+    report.before, report.after = Footprint(size_on_disk(before)), Footprint(size_on_disk(after))
+    if run is not None:
+        feeds, target = run
+        report.before = bench.footprint(before, feeds, target.options())
+        report.after = bench.footprint(after, caches.given(after, feeds), target.options())
 
 
 def operator_times(before: Runnable, after: Runnable, feeds: Feeds, target: Target) -> list[OperatorTime]:

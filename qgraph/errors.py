@@ -6,7 +6,7 @@
     ├── OptionError           an unknown or impossible option; names the nearest right one
     ├── DataError             calibration or evaluation data that cannot be right
     ├── ExecutionError        the runtime refused to load or to run a model
-    │   └── UnprovedError         only the runtime that stands for a device here is too old for it
+    │   └── UnprovedError         only the runtime that stands for a device here is too old or too slow for it
     ├── QuantizationError     a request that cannot be carried out on this model
     │   └── NothingQuantizedError   the scheme found no node to quantize
     ├── ProviderError         the target's provider refuses the model, or computes something else
@@ -67,7 +67,7 @@ class ExecutionError(QGraphError):
 
 
 class UnprovedError(ExecutionError):
-    """The runtime that stands for a device here is too old for the model, which says nothing about the device."""
+    """The runtime that stands for a device here is too old or too slow for the model; the device need not be."""
 
 
 class QuantizationError(QGraphError):
@@ -95,7 +95,9 @@ class SlowerError(QGraphError):
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """What another library's error says, in one line; its type where it says nothing."""
+    """What another library's error says, in one line and without numbers of errors; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return next(iter(str(error).strip().splitlines()), "")[:limit] or type(error).__name__
 
 

@@ -97,11 +97,18 @@ def inputs_of(model: ir.Model) -> list[InputSpec]:
     for value in model.graph.inputs:
         if value.name is None or value.name in model.graph.initializers:
             continue
-        if value.dtype is None:
+        if value.dtype is None or isinstance(_plain(value.type), ir.SequenceType):
             raise DataError(f"Input {value.name!r} is not a tensor with a known type; such models cannot be run here.")
         shape = None if value.shape is None else tuple(d if isinstance(d, int) else None for d in value.shape)
-        specs.append(InputSpec(value.name, np.dtype(value.dtype.numpy()), shape))
+        # Sessions take float32 for bfloat16, which numpy has not.
+        kind = ir.DataType.FLOAT if value.dtype == ir.DataType.BFLOAT16 else value.dtype
+        specs.append(InputSpec(value.name, np.dtype(kind.numpy()), shape))
     return specs
+
+
+def _plain(kind: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    """What an optional input takes where it is given."""
+    return kind.elem_type if isinstance(kind, ir.OptionalType) else kind
 
 
 def check_names(label: str, arrays: Mapping[str, object], inputs: list[InputSpec]) -> None:
@@ -110,7 +117,8 @@ def check_names(label: str, arrays: Mapping[str, object], inputs: list[InputSpec
     for name in arrays:
         if name not in wanted and name != LABELS:
             near = errors.nearest(name, wanted)
-            hint = f" Did you mean {near!r}?" if near else f" It takes: {', '.join(wanted)}."
+            takes = f"It takes: {', '.join(wanted)}." if wanted else "It takes no inputs: leave the data out."
+            hint = f" Did you mean {near!r}?" if near else f" {takes}"
             raise DataError(f"{label!r} holds {name!r}, which the model does not take.{hint}")
     for name in wanted:
         if name not in arrays:
@@ -124,10 +132,13 @@ def checked(batch: Batch, inputs: list[InputSpec]) -> Batch:
     for spec in inputs:
         array = batch.feeds[spec.name]
         where = f"Input {spec.name!r} of {batch.name!r}"
+        if spec.dtype.kind == "O" and array.dtype.kind in "US":
+            array = array.astype(object)
         if array.dtype != spec.dtype:
             kinds = {np.dtype(spec.dtype).kind, array.dtype.kind}
             if kinds not in ({"f"}, {"i"}, {"u"}, {"i", "u"}) or not _fits(array, spec.dtype):
-                raise DataError(f"{where} is {array.dtype}, but the model takes {spec.dtype}.")
+                wants = "text" if spec.dtype.kind == "O" else spec.dtype
+                raise DataError(f"{where} is {array.dtype}, but the model takes {wants}.")
             with np.errstate(over="ignore"):
                 array = array.astype(spec.dtype)
         if spec.shape is not None:

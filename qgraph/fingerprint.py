@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "of_file"]
+
+_CHUNK = 1 << 20
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def fingerprint(model: ir.Model) -> str:

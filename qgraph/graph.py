@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from qgraph import widened
 
 __all__ = [
     "JOINED",
@@ -20,6 +21,7 @@ __all__ = [
     "clip_bounds",
     "constant",
     "constant_scalar",
+    "drop_cast",
     "element_count",
     "fresh_name",
     "has_constant",
@@ -85,11 +87,7 @@ def constant_scalar(value: ir.Value | None) -> float | None:
 
 def release(value: ir.Value | None) -> None:
     """Give a memory-mapped constant's pages back; it is mapped again when next read."""
-    tensor = value.const_value if value is not None else None
-    if isinstance(tensor, ir.ExternalTensor):
-        # Where someone still looks at it, it stays mapped, which costs address space only.
-        with contextlib.suppress(BufferError):
-            tensor.release()
+    widened.release(value.const_value if value is not None else None)
 
 
 def is_float(value: ir.Value | None) -> bool:
@@ -160,6 +158,23 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
     before.name = None
     graph.remove(old, safe=True)
+
+
+def drop_cast(node: ir.Node) -> bool:
+    """Take a Cast to the type that its input has away; not where the two are outputs, or inputs, of a graph."""
+    source, result, home = node.inputs[0], node.outputs[0], node.graph
+    if source is None or not isinstance(home, ir.Graph) or source.dtype is None or source.dtype != result.dtype:
+        return False
+    if result.is_graph_output():
+        if source.producer() is None or source.is_graph_output() or source.graph is not home:
+            return False
+        name, result.name = result.name, None
+        source.name = name
+    if source.shape is None:
+        source.shape = result.shape
+    ir.convenience.replace_all_uses_with(result, source, replace_graph_outputs=True)
+    home.remove(node, safe=True)
+    return True
 
 
 def value_names(graph: ir.Graph) -> set[str]:

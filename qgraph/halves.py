@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qgraph.errors import ModelError
 
-__all__ = ["MASK", "Peak", "complete", "contributed", "inputs", "refusal", "retype", "saturated"]
+__all__ = ["MASK", "Peak", "complete", "contributed", "inferred", "inputs", "refusal", "retype", "saturated", "widens"]
 
 MASK = 1e30
 """Magnitudes from here on are no values but masks, which any very low number serves as well as."""
@@ -40,6 +40,9 @@ _CONTRIBUTED = frozenset(
 _MISPLACED = frozenset({"SimplifiedLayerNormalization"})
 _INTEGER = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 _BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_WORDS = {"tensor(float)": ir.DataType.FLOAT} | {
+    f"tensor({kind.name.lower()})": kind for kind in ir.DataType if kind not in (ir.DataType.FLOAT, ir.DataType.STRING)
+}
 _NAMES = {ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
 
 
@@ -115,6 +118,20 @@ def refusal(node: ir.Node, kind: ir.DataType, opset: int) -> str | None:
     return None
 
 
+def widens(node: ir.Node, opset: int) -> bool:
+    """Whether a standard operator takes float32 wherever it takes and makes 16-bit floats here."""
+    found = _types(node.op_type, "" if node.domain == "ai.onnx" else node.domain, opset)
+    if found is None or node.op_type in _BODIES:
+        return True
+    name = "tensor(float)"
+    for side, values in zip(found, (node.inputs, node.outputs), strict=True):
+        for position, value in enumerate(values):
+            halved = value is not None and value.dtype in _NAMES and isinstance(value.type, ir.TensorType)
+            if halved and name not in _at(side, position):
+                return False
+    return True
+
+
 def contributed(node: ir.Node) -> bool:
     """Whether `node` is one of the runtime's own operators that take and make one float type."""
     # Some exporters put operators of the runtime's own into the default domain, and the runtime takes them.
@@ -154,6 +171,48 @@ def retype(node: ir.Node, kind: ir.DataType, highest: float) -> None:
         node.attributes.add(ir.AttrTensor("value", ir.Tensor(filler, dtype=kind)))
     if node.op_type in ("RandomNormal", "RandomUniform") and "dtype" not in node.attributes:
         node.attributes.add(ir.AttrInt64("dtype", int(kind)))
+
+
+def inferred(nodes: Iterable[ir.Node], opset: int) -> None:
+    """Types that are missing, as ONNX's signatures tell them: of what a Cast names, or of an input of the same kind.
+
+    Args:
+        nodes: in order; only the types of their outputs are written.
+        opset: of the default domain.
+    """
+    for node in nodes:
+        # What nobody reads may have been left out.
+        if all(value.type is not None or not (value.consumers() or value.is_graph_output()) for value in node.outputs):
+            continue
+        if contributed(node):
+            found = [node.inputs[0].type if node.inputs[0] is not None else None] * len(node.outputs)
+        else:
+            found = _told(node, opset)
+        for value, kind in zip(node.outputs, found, strict=False):
+            if value.type is None and kind is not None and (value.consumers() or value.is_graph_output()):
+                value.type = kind
+
+
+def _told(node: ir.Node, opset: int) -> list[ir.TypeProtocol | None]:
+    """The types of a standard operator's outputs, None for those that its signature does not tell."""
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, "" if node.domain == "ai.onnx" else node.domain)
+    except onnx.defs.SchemaError:
+        return []
+    known: dict[str, ir.TypeProtocol] = {}
+    for position, value in enumerate(node.inputs):
+        formal = schema.inputs[min(position, len(schema.inputs) - 1)] if schema.inputs else None
+        if formal is not None and value is not None and value.type is not None:
+            known.setdefault(formal.type_str, value.type)
+    named = next((found for name in ("to", "dtype") if (found := node.attributes.get(name)) is not None), None)
+    types: list[ir.TypeProtocol | None] = []
+    for position in range(len(node.outputs)):
+        formal = schema.outputs[min(position, len(schema.outputs) - 1)]
+        one = next(iter(formal.types)) if len(formal.types) == 1 else ""
+        cast = ir.DataType(named.as_int()) if named is not None else None
+        kind = _WORDS.get(one, cast)
+        types.append(known.get(formal.type_str) if kind is None else ir.TensorType(kind))
+    return types
 
 
 def complete(nodes: Iterable[ir.Node]) -> None:

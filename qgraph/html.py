@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qgraph import labels
 from qgraph.errors import ModelError, OptionError
 from qgraph.report import (
     Candidate,
@@ -26,7 +27,7 @@ from qgraph.report import (
     Sensitivity,
     ValueHistogram,
 )
-from qgraph.words import decibels, milliseconds, percent, size, times
+from qgraph.words import decibels, milliseconds, percent, size, smaller, times
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -102,24 +103,25 @@ def render(report: Report) -> str:
     fidelity = report.fidelity
     worst = sorted(fidelity.layers, key=_faithful)[:_WORST] if fidelity is not None else []
     histograms = sorted(report.histograms, key=_faithful)
-    labels = {layer.value: number for number, layer in enumerate(worst[:_LABELLED], 1)}
+    marks = {layer.value: number for number, layer in enumerate(worst[:_LABELLED], 1)}
     return environment.get_template("report.html.jinja").render(
         report=report,
         title=Path(report.output or report.source).name or "qgraph",
         verdict=_verdict(report),
         output=_worst_output(fidelity),
         candidates=candidates,
+        decibels=report.budget is not None and report.budget.decibels is not None,
+        names=labels.candidates(candidate.name for candidate in candidates),
+        smaller=smaller,
         threads=list(dict.fromkeys(threads for candidate in candidates for threads in candidate.speed)),
         tradeoff=_drawn(plots.tradeoff(report.budget, candidates)),
         worst=worst,
-        layers=_drawn(plots.layers(fidelity.layers, labels) if fidelity is not None else None),
+        layers=_drawn(plots.layers(fidelity.layers, marks) if fidelity is not None else None),
         sensitivity=_sensitivity(report.sensitivity),
         schemes=list(dict.fromkeys(found.scheme for found in report.sensitivity)),
         histograms=[(found, _drawn(plots.histogram(found, k)), _outside(found)) for k, found in enumerate(histograms)],
         operators=_operators(report),
-        kernels=_grouped(
-            (f"{n.op_type} as {n.kernel}" if n.kernel != n.op_type else n.op_type, n) for n in report.quantized
-        ),
+        kernels=_grouped((labels.kernel(n.op_type, n.kernel), n) for n in report.quantized),
         reasons=_grouped((_pattern(node.reason or "no reason given"), node) for node in report.refused),
         most_rows=_MOST_ROWS,
     )
@@ -172,6 +174,8 @@ def _verdict(report: Report) -> tuple[bool | None, str]:
     if chosen.loss is None:
         return None, f"Budget: {budget.text}"
     kept = chosen.loss <= budget.limit
+    if budget.decibels is not None and chosen.sqnr is not None:
+        return kept, f"{'Within' if kept else 'Beyond'} the budget: {budget.text}; it has {decibels(chosen.sqnr)}"
     measured = f"{chosen.loss:.3g} lost of the {budget.limit:.3g} allowed ({budget.metric})"
     return kept, f"{'Within' if kept else 'Beyond'} the budget: {budget.text}; {measured}"
 

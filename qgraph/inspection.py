@@ -15,7 +15,7 @@ from qgraph.data import DataSource
 from qgraph.errors import NothingQuantizedError
 from qgraph.pipeline import Context
 from qgraph.report import NodeReport
-from qgraph.targets import ABSORBED, KERNEL, REASON
+from qgraph.targets import ABSORBED, AUTO, KERNEL, REASON, STATIC
 
 __all__ = ["Inspection", "inspect"]
 
@@ -32,6 +32,8 @@ class Inspection:
         operators: count of each operator, as the file has them.
         weights: bytes of all initializers.
         disk: bytes on disk, external data included.
+        target: name of the target that was planned for.
+        scheme: name of the scheme.
         nodes: after fusion; `kernel` is the planned one.
         measured: whether shapes were measured on data; otherwise costs rest on declared shapes and guesses.
     """
@@ -43,17 +45,19 @@ class Inspection:
     operators: dict[str, int]
     weights: int
     disk: int
+    target: str
+    scheme: str
     nodes: list[NodeReport]
     measured: bool
 
 
-def inspect(path: Path, target: str = "cpu", scheme: str = "int8", source: DataSource | None = None) -> Inspection:
+def inspect(path: Path, target: str = "cpu", scheme: str | None = None, source: DataSource | None = None) -> Inspection:
     """Plan the quantization of the model at `path` without calibrating it.
 
     Args:
         path: the model.
         target: name of the target.
-        scheme: name of the scheme.
+        scheme: name of the scheme; None for `int8` where the target has it, and else its `auto`.
         source: data whose first sample gives dynamic dimensions their sizes; None to do without.
 
     Raises:
@@ -66,13 +70,14 @@ def inspect(path: Path, target: str = "cpu", scheme: str = "int8", source: DataS
     inputs, outputs = _words(graph.inputs, set(graph.initializers)), _words(graph.outputs, set())
     weights = sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)
     where = registry.target(target)
+    chosen = where.scheme(scheme or (STATIC if STATIC in where.schemes else AUTO))
     dataset = data.load(source, data.inputs_of(model)) if source is not None else None
     with modelio.Workspace() as workspace:
-        context = Context(where, where.scheme(scheme), dataset, workspace.spill(model))
+        context = Context(where, chosen, dataset, workspace.spill(model))
         # The reasons stand on the nodes; that nothing is left is what the caller wants to see.
         with contextlib.suppress(NothingQuantizedError):
             registry.pipeline("plan")(context)(model)
-        nodes = [_node(node) for node in model.graph.all_nodes()]
+        nodes = [_node(node, model.graph) for node in model.graph.all_nodes()]
     return Inspection(
         opset=opset,
         ir_version=version,
@@ -81,18 +86,21 @@ def inspect(path: Path, target: str = "cpu", scheme: str = "int8", source: DataS
         operators=dict(operators.most_common()),
         weights=weights,
         disk=modelio.size_on_disk(path),
+        target=where.name,
+        scheme=chosen.name,
         nodes=nodes,
         measured=dataset is not None,
     )
 
 
-def _node(node: ir.Node) -> NodeReport:
+def _node(node: ir.Node, main: ir.Graph) -> NodeReport:
     kernel = node.meta.get(KERNEL)
     if kernel is not None:
         return NodeReport(node.name or "", node.op_type, kernel=kernel.operators[0])
     if ABSORBED in node.meta:
         return NodeReport(node.name or "", node.op_type, kernel="(absorbed)")
-    return NodeReport(node.name or "", node.op_type, reason=str(node.meta.get(REASON, "not looked at")))
+    default = "not looked at" if node.graph is main else "inside a body of If, Loop or Scan"
+    return NodeReport(node.name or "", node.op_type, reason=str(node.meta.get(REASON, default)))
 
 
 def _words(values: Iterable[ir.Value], without: set[str]) -> dict[str, str]:

@@ -11,31 +11,31 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import caches, checks, details, elsewhere, language, modelio, outcome, proof, registry, sensitivity
+from qgraph import caches, checks, details, elsewhere, language, modelio, originals, outcome, proof, registry
 from qgraph.builder import Builder, Built
 from qgraph.clock import Clock
-from qgraph.compare import Runnable
 from qgraph.data import Dataset, DataSource
 from qgraph.division import Parts, divide
-from qgraph.errors import AccuracyError, ExecutionError, NothingQuantizedError, OptionError, SlowerError
+from qgraph.errors import ExecutionError, OptionError
 from qgraph.fingerprint import fingerprint
 from qgraph.judge import Judge, Verdict
-from qgraph.options import Options
+from qgraph.kept import keeper
+from qgraph.options import Options, spared
 from qgraph.pipeline import Context
 from qgraph.qconfigs import QCONFIG_NOTE, QCONFIG_USELESS, with_qconfig
 from qgraph.race import Race
 from qgraph.report import Budget, Report, Sensitivity
 from qgraph.rules import FLOAT
 from qgraph.search import Search
-from qgraph.sensitivity import Estimate
+from qgraph.sensitivity import Estimate, estimates
 from qgraph.session import HOST, Feeds, max_ir_version, runtime_version
-from qgraph.targets import WEIGHTS, Target
+from qgraph.targets import AUTO, WEIGHTS, Target
 from qgraph.trials import Trials
+from qgraph.unwritten import only_float, over_budget, slower
 
 __all__ = ["AUTO", "Job", "Progress"]
 
 Progress = Callable[[str, int, int], None]
-AUTO = "auto"
 
 
 class Job:
@@ -63,23 +63,23 @@ class Job:
         named = [self.scheme, *(self.target.scheme(name) for name in options.choices.values() if name != FLOAT)]
         if options.block_size is not None and all(part.block is None for one in named for part in one.parts):
             raise OptionError(f"Scheme {self.scheme.name!r} has no weights in blocks: leave out the block size.")
+        self._named = self.scheme.name != AUTO and bool(self.scheme.parts)
         self._rejected: set[str] = set()
-        self._profiled = False
-        self._hint = ""
+        self._profiled, self._hint = False, ""
         self.feeds: Feeds = {}
         progress("reading", 0, 0)
         self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else modelio.copied(source)
         self.limits = options.limits(language.is_language_model(self.float_model))
         self.key = fingerprint(self.float_model)
         self.external = modelio.has_external(self.float_model)
-        self.avoid = modelio.external_files(self.float_model)
+        self.avoid = spared((output, options.state, options.save_ranges), modelio.external_files(self.float_model))
         self.folder = workspace.spill(self.float_model)
         self.check, note = checks.chosen(self.float_model, options.check, options.why_whole)
-        readable = self.float_model.ir_version <= max_ir_version()
-        self.path = Path(source) if isinstance(source, (str, Path)) and readable else None
+        self.original, told = originals.runnable(self.float_model, self.folder, self.target, self.scheme)
+        self._readable = not told and self.float_model.ir_version <= max_ir_version()
+        self.path = Path(source) if isinstance(source, (str, Path)) else None
         # The original as the runtime can load it: its IR version may be too new.
         self.float_model.ir_version = min(self.float_model.ir_version, max_ir_version())
-        self.original = Runnable(self.float_model, self.folder)
         self.report = Report(
             source=str(source) if isinstance(source, (str, Path)) else f"graph {source.graph.name!r}",
             target=self.target.name,
@@ -90,7 +90,7 @@ class Job:
                 self.limits[0].metric.name, self.limits[0].limit, ", ".join(limit.text for limit in self.limits)
             ),
             check=self.check,
-            notes=[*notes, *([note] if note is not None else [])],
+            notes=[*notes, *told, *([note] if note is not None else [])],
         )
 
     def run(self, source: DataSource | None, evaluation: DataSource | None) -> modelio.Staged:
@@ -119,7 +119,7 @@ class Job:
         self.report.notes += outcome.notes(built.model, built.steps)
         if not built.assignment:
             self.report.nodes = builder.explained(built)
-            if self.scheme.name != AUTO and self.scheme.parts:
+            if self._named:
                 self.report.notes.append(outcome.NOTHING.format(self.scheme.name))
         self.report.calibration_samples = calibrate.count() if calibrate is not None else 0
         try:
@@ -142,10 +142,11 @@ class Job:
 
     def _details(self, built: Built, builder: Builder, final: Judge) -> None:
         timed = self.options.bench_seconds > 0
+        details.weigh(self.report, self.path, built.staged.path, None)
         details.fill(self.report, self.original, built, builder, final.data, self.feeds, timed)
-        if timed and self.path is not None:
+        if timed and self._readable:
             self.progress("measuring memory", 0, 0)
-            details.weigh(self.report, self.path, built.staged.path, self.feeds, self.target)
+            details.weigh(self.report, self.path, built.staged.path, (self.feeds, self.target))
 
     # -- stages -----------------------------------------------------------------------------------------------------
 
@@ -197,6 +198,7 @@ class Job:
         )
         made = Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
         made.audit = functools.partial(proof.audited, feeds=self.feeds)
+        made.keep = keeper(self.options.state, self.key, calibrate, self.options.memory, self.report.notes.append)
         return made
 
     def _chosen(self, builder: Builder, judge: Judge, final: Judge) -> tuple[Built, Verdict]:
@@ -227,14 +229,12 @@ class Job:
             keys.remove(best)
         else:
             self._tell(search, None)
-            raise AccuracyError(search.trials.nothing("Nothing is within the budget", self.report.budget) + self._hint)
+            raise over_budget(search.trials, builder, self.report.budget, self._hint)
         self._tell(search, best)
-        if not built.assignment and self.scheme.name != AUTO and self.scheme.parts and not self.options.force:
-            what = search.trials.nothing(outcome.ONLY_FLOAT.format(self.scheme.name), self.report.budget)
-            raise NothingQuantizedError(what + outcome.INSTEAD + self._hint)
+        if self._named and not self.options.force and outcome.idle(built.assignment, builder.layers(), self.target):
+            raise only_float(search.trials, builder, self.scheme.name, self.report.budget, self._hint)
         if search.trials.trials[best].slowest < 1.0 and not self.options.force:
-            what = "Nothing within the budget is as fast as the model itself"
-            raise SlowerError(search.trials.nothing(what, self.report.budget) + self._hint)
+            raise slower(search.trials, self.report.budget, self._hint)
         self.report.speed = speeds
         return built, verdict
 
@@ -258,7 +258,7 @@ class Job:
     def _estimates(self, builder: Builder) -> list[Estimate]:
         if not self.scheme.parts:
             return []
-        return sensitivity.estimates(builder.prepared, builder.rules(), builder.context.data is not None)
+        return estimates(builder.prepared, builder.rules(), builder.context.data is not None)
 
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""
@@ -287,7 +287,7 @@ class Job:
         try:
             search.run()
         except KeyboardInterrupt:
-            if not search.within():
+            if not any(search.trials.trials[key].assignment or not self._named for key in search.within()):
                 raise
             self.report.notes.append("The search was interrupted: this is the best that it had found.")
 

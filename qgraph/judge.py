@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qgraph.compare import Reference, Runnable
 from qgraph.data import Dataset
+from qgraph.errors import DataError
 from qgraph.metrics import Limit, Outputs
 from qgraph.report import Fidelity
 from qgraph.session import SessionOptions
@@ -47,6 +48,9 @@ class Judge:
         options: session options.
         folder: where the original's outputs wait.
         held_back: whether calibration did not see `data`.
+
+    Raises:
+        DataError: on this data nothing comes out of the original.
     """
 
     def __init__(
@@ -63,6 +67,8 @@ class Judge:
         self.held_back = held_back
         self._reference = Reference(original, data, options, folder)
         self._originals: dict[str, float] = {}
+        if not self._reference.numbers:
+            raise DataError("All outputs of the original are empty on the data: nothing can be compared with them.")
 
     def margin(self, fidelity: Fidelity | None = None) -> float:
         """By how much losses count more than they measure: a few samples do not tell what others will lose.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -15,9 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from qgraph import shards, widened
 from qgraph.errors import ExternalDataError, ModelError, OptionError, QGraphError, first_line
 from qgraph.session import max_ir_version
 from qgraph.staged import Staged
+from qgraph.widened import Widened
 
 __all__ = [
     "Staged",
@@ -53,6 +54,8 @@ def read(path: str | Path) -> ir.Model:
         raise ModelError(f"{str(path)!r} is not a readable ONNX model: {first_line(error)}") from error
     if len(model.graph) == 0 and not model.graph.outputs:
         raise ModelError(f"{str(path)!r} is not an ONNX model: it has no graph.")
+    if not model.graph.outputs:
+        raise ModelError(f"{str(path)!r} has no outputs, so that nothing in it is computed. Export it anew.")
     imports = model.graph.opset_imports
     if "ai.onnx" in imports:  # the long name of the default domain
         imports.setdefault("", imports.pop("ai.onnx"))
@@ -77,7 +80,7 @@ def _tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     for graph in (model.graph, *model.graph.subgraphs()):
         for name, value in graph.initializers.items():
             if value.const_value is not None:
-                yield name, value.const_value
+                yield name, widened.source(value.const_value)
 
 
 def _all_tensors(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
@@ -157,8 +160,14 @@ class Workspace:
     With its weights on disk a model can be serialized in kilobytes as often as needed: calibration graphs share them.
     """
 
-    def __init__(self, near: Path | None = None):
-        """Make the folder beside `near` (so that files can be moved into place), or among the system's."""
+    def __init__(self, near: Path | None = None, shard: int | None = None):
+        """Make the folder beside `near` (so that files can be moved into place), or among the system's.
+
+        Args:
+            near: where the result will stand.
+            shard: most bytes of one of its files of weights; None for all in one.
+        """
+        self.shard = shard
         # A link is replaced, not followed, so its own folder counts.
         folder = near.parent.resolve() if near is not None else None
         if folder is not None and not folder.is_dir():
@@ -182,6 +191,11 @@ class Workspace:
         if len(external) <= 1 and inline < (_INLINE_BYTES if external else _SPILL_BYTES):
             return external.pop() if external else None
         data = Path(tempfile.mkdtemp(prefix="weights-", dir=self.folder))
+        values = [v for graph in (model.graph, *model.graph.subgraphs()) for v in graph.initializers.values()]
+        # A view of 16-bit floats is stored as what it is a view of.
+        views = [value for value in values if isinstance(value.const_value, Widened)]
+        for value in views:
+            value.const_value = None if value.const_value is None else widened.source(value.const_value)
         ir.save(model, data / "model.onnx", external_data="weights.data", size_threshold_bytes=_EXTERNAL_THRESHOLD)
         stored = ir.load(data / "model.onnx")
         for graph, other in zip(
@@ -189,6 +203,8 @@ class Workspace:
         ):
             for name, value in graph.initializers.items():
                 value.const_value = other.initializers[name].const_value
+        for value in views:
+            value.const_value = None if value.const_value is None else Widened(value.const_value)
         return data
 
     def close(self) -> None:
@@ -200,13 +216,6 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _data_name(destination: Path, avoid: Collection[Path]) -> str:
-    folder = destination.resolve().parent
-    suffixes = itertools.chain([""], (f".{n}" for n in itertools.count(1)))
-    names = (f"{destination.name}{suffix}.data" for suffix in suffixes)
-    return next(name for name in names if folder / name not in avoid)
 
 
 def _take_in(model: ir.Model, least: int | None = None) -> None:
@@ -240,7 +249,7 @@ def stage(
         model: what to write; unchanged, but for its IR version.
         destination: the final path.
         workspace: where to write.
-        external: put the weights into `<name>.data`; done in any case when they exceed 1 GiB.
+        external: put the weights into `<name>.data`; done in any case when they exceed 1 GiB, or what a file may hold.
         avoid: resolved paths that must not be replaced, as the original's own data.
         progress: called with (tensors done, tensors in all).
     """
@@ -248,7 +257,10 @@ def stage(
     folder = Path(tempfile.mkdtemp(prefix="staged-", dir=workspace.folder))
     path = folder / destination.name
     sizes = [t.nbytes for _, t in _tensors(model)]
-    data = _data_name(destination, avoid) if external or sum(sizes) > _INLINE_BYTES else None
+    inline = min(_INLINE_BYTES, workspace.shard or _INLINE_BYTES)
+    # Where all weights are small, none would be in a file of its own.
+    beside = (external or sum(sizes) > inline) and max(sizes, default=0) > _EXTERNAL_THRESHOLD
+    data = shards.free_name(destination, avoid) if beside else None
     if data is None:
         # What lies in the workspace would otherwise be written as a reference to it.
         model = model.clone()
@@ -259,14 +271,16 @@ def stage(
             progress(int(getattr(info, "index", 0)) + 1, int(getattr(info, "total", 0)))
 
     try:
-        ir.save(
-            model,
-            path,
-            external_data=data,
-            size_threshold_bytes=_EXTERNAL_THRESHOLD,
-            callback=report,
-            max_workers=1,
-        )
+        with shards.quiet():
+            ir.save(
+                model,
+                path,
+                external_data=data,
+                size_threshold_bytes=_EXTERNAL_THRESHOLD,
+                max_shard_size_bytes=workspace.shard if data is not None else None,
+                callback=report,
+                max_workers=1,
+            )
     except OSError as error:
         raise ModelError(f"Cannot write {str(destination)!r}: {os.strerror(error.errno or 0)}.") from error
     except ir.serde.SerdeError as error:

@@ -63,7 +63,8 @@ class Noises:
             key = one.node, one.scheme
             if one.noise > 0:
                 noise = exact.get(key, values[key])
-                found.append(Sensitivity(one.node, one.op_type, one.scheme, noise, key in exact, one.saved))
+                saved = None if self.builder.context.target.ordinal else one.saved
+                found.append(Sensitivity(one.node, one.op_type, one.scheme, noise, key in exact, saved))
         return found
 
     def measure(self, count: int, late: Callable[[], bool]) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from qgraph import caches, calibration, metrics
+from qgraph import caches, calibration, metrics, shards
 from qgraph.checks import CHECKS
 from qgraph.errors import OptionError, unknown
 from qgraph.metrics import Limit, Outputs
@@ -15,11 +15,23 @@ from qgraph.observers import OBSERVERS
 from qgraph.qconfigs import QCONFIGS
 from qgraph.targets import WEIGHTS
 
-__all__ = ["Options", "refuse_overwriting"]
+__all__ = ["Options", "refuse_overwriting", "spared"]
+
+
+def spared(writes: Iterable[str | Path | None], data: set[Path]) -> set[Path]:
+    """The model's own external data, as resolved paths, over which nothing is written.
+
+    Raises:
+        OptionError: names the file.
+    """
+    for path in writes:
+        if path is not None and Path(path).resolve() in data:
+            raise OptionError(f"{str(path)!r} holds weights of the input, which would be replaced; name another file.")
+    return data
 
 
 def refuse_overwriting(writes: Mapping[str, str | Path | None], reads: Mapping[str, object]) -> None:
-    """Check that no file is written over one that is read, or over another one that is written.
+    """Check that no file is written over one that is read, over another one that is written, or over a device.
 
     Args:
         writes: what is written -> its path.
@@ -32,9 +44,20 @@ def refuse_overwriting(writes: Mapping[str, str | Path | None], reads: Mapping[s
     for what, path in writes.items():
         if path is None:
             continue
+        if _is_special(Path(path)):
+            raise OptionError(f"The {what} is moved into place, which {str(path)!r} does not allow; name a plain file.")
         if Path(path).resolve() in taken:
             raise OptionError(f"The {what} would replace the {taken[Path(path).resolve()]}; name another file.")
         taken[Path(path).resolve()] = what
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is a device, a pipe or the like, or a link among the devices, whose place no file may take."""
+    try:
+        found = path.exists() and not path.is_file() and not path.is_dir()
+    except OSError:
+        return False
+    return found or path.absolute().parent == Path("/dev")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +74,8 @@ class Options:
         min_agreement: least share of samples with the same largest element.
         metric: name of the metric of `max_loss`, `package.module:function`, or a function; see `qgraph.metrics`.
         time_limit: seconds after which the search takes the best that it has.
-        state: file in which the search keeps what it has measured, and from which it goes on.
+        state: file in which the search keeps what it has measured, and from which it goes on; codes that are learned
+            of weights in blocks lie in the folder `<state>.codes`.
         block_size: weights that share a scale where weights are in blocks: 32, 64 or 128; None for the scheme's own.
         bits_per_weight: largest mean of stored bits, scales included, over the weights of products and tables; the
             scheme of each is then chosen among the weight-only ones so that least is lost.
@@ -70,6 +94,8 @@ class Options:
         check: how much is proved before the result is written: "whole" loads, runs, compares and times all of it;
             "parts" its graph without weights, and each quantized product by itself, in the memory of one weight; "none"
             nothing. None for the whole where it fits into memory, and its parts where it does not.
+        max_shard_size: most bytes of a file of weights beside the model, as 2_000_000_000 or "2GB": what exceeds it
+            goes into several. None for one file, and "2GB" on targets that are browsers.
         force: write the result even if it is slower than its input, or outside the budget.
     """
 
@@ -95,6 +121,7 @@ class Options:
     pack: bool = False
     kv_cache: str | None = None
     check: str | None = None
+    max_shard_size: str | int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -113,8 +140,14 @@ class Options:
             raise OptionError("Saved ranges bring their observer with them: give either the ranges or an observer.")
         if self.check is not None and self.check not in CHECKS:
             raise unknown("check", self.check, CHECKS)
-        if self.memory <= 0 or self.bench_seconds < 0 or self.time_limit < 0:
-            raise OptionError("memory must be positive, bench_seconds and time_limit not negative.")
+        if self.qconfig is not None and self.observer is not None:
+            raise OptionError("A qconfig brings its observers with it: give either the qconfig or an observer.")
+        if self.max_shard_size is not None:
+            shards.parsed(self.max_shard_size)
+        if self.memory <= 0 or not (0 <= self.bench_seconds < math.inf and self.time_limit >= 0):
+            raise OptionError(
+                "memory must be positive, bench_seconds and time_limit not negative, and bench_seconds finite."
+            )
         if self.bits_per_weight is not None and self.scheme not in ("auto", WEIGHTS):
             raise OptionError(f"bits_per_weight chooses the schemes itself: leave out scheme={self.scheme!r}.")
         if self.bits_per_weight is not None and not self.bits_per_weight > 0:
@@ -133,7 +166,7 @@ class Options:
     @property
     def why_whole(self) -> str | None:
         """The option that needs the whole model to be run, in the command line's words."""
-        names = ("max_loss", "min_sqnr", "min_cosine", "min_agreement", "metric", "state", "bits_per_weight")
+        names = ("max_loss", "min_sqnr", "min_cosine", "min_agreement", "metric", "bits_per_weight")
         given = next((name for name in names if getattr(self, name) is not None), None)
         return None if given is None else "--" + given.replace("_", "-")
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
 from qgraph import audit, graph
 from qgraph.report import NodeReport, Step
 from qgraph.stored import REACH, Reach
-from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel
+from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel, Target
 from qgraph.ternary import EXACT
 
-__all__ = ["INSTEAD", "LATE", "NOTHING", "ONLY_FLOAT", "nodes", "not_chosen", "notes", "overflowing"]
+__all__ = ["INSTEAD", "LATE", "NOTHING", "ONLY_FLOAT", "idle", "nodes", "not_chosen", "notes", "overflowing"]
 
 LATE = "the time limit was reached"
 """How the reason begins that a pass gives for what it had no time for."""
@@ -22,6 +22,8 @@ ONLY_FLOAT = "Of scheme {!r}, nothing is within the budget and not slower"
 """Why a named scheme that only the float graph would be left of is an error."""
 INSTEAD = " Or take the scheme 'auto', which writes a faster float graph where nothing else is to be had."
 """What to do about it."""
+_INSIDE = "inside a body of If, Loop or Scan"
+_ADDED = "it was put in for the kernels beside it"
 _NAMED = 4
 _PLUMBING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
@@ -48,9 +50,21 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
             # Absorbed ones are gone; one that is still here was not.
             reports.append(NodeReport(name, node.op_type, reason="the codes do not end at its bounds"))
         elif node.op_type not in _PLUMBING:
-            reason = str(node.meta.get(REASON, "inside a body of If, Loop or Scan"))
+            reason = str(node.meta.get(REASON, _ADDED if node.graph is model.graph else _INSIDE))
             reports.append(NodeReport(name, node.op_type, reason=reason))
     return reports
+
+
+def idle(assignment: Mapping[str, str], layers: Iterable[tuple[str, str]], target: Target) -> bool:
+    """Whether nothing is quantized; or, where costs are no times, no layer with weights, if any could be.
+
+    Args:
+        assignment: node -> scheme of a candidate.
+        layers: (node, scheme) of all kernels that have weights.
+        target: where it will run.
+    """
+    named = {node for node, _ in layers} if target.ordinal else set[str]()
+    return not assignment or bool(named and not named & assignment.keys())
 
 
 def notes(model: ir.Model, steps: Iterable[Step]) -> list[str]:

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Context:
     smoothing: str = "explicit"
     learn: bool = False
     codes: dict[tuple[str, bytes], NDArray[Any]] | None = None
-    blocks: dict[str, Blocks] | None = None
+    blocks: MutableMapping[str, Blocks] | None = None
     deadline: float | None = None
     pack: bool = False
     cache: int | None = None

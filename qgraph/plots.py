@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ _MARKS = {
 }  # fmt: skip
 _OTHER_MARK = ("D", "other", 7)
 _MOST_MARKS = 240
+_NOTHING = 1e-7
 _MOST_BINS = 128
 _FARTHEST = 300.0
 
@@ -52,7 +53,9 @@ def tradeoff(budget: Budget | None, candidates: Sequence[Candidate]) -> str | No
         return None
     limit = budget.limit if budget is not None else math.nan
     losses = [loss for points in panels.values() for _, _, loss in points] + ([limit] if math.isfinite(limit) else [])
-    metric = f"loss ({budget.metric})" if budget is not None else "loss"
+    noisy = budget is not None and budget.decibels is not None
+    words_of = _decibels if noisy else _points
+    metric = "SQNR" if noisy else f"loss ({budget.metric})" if budget is not None else "loss"
     chosen = [f"{c.name} is chosen" for c in candidates if c.verdict == "chosen"]
     words = f"Speed against {metric} of {len(candidates)} candidates; {', '.join(chosen) or 'none is chosen'}."
     words += f" The budget is {budget.text}." if budget is not None else ""
@@ -62,24 +65,34 @@ def tradeoff(budget: Budget | None, candidates: Sequence[Candidate]) -> str | No
         grid: Any = sheet.figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
         for axes, (threads, points) in zip(grid.flat, panels.items(), strict=True):
             sheet.title(axes, f"{threads} thread{'s' * (threads != '1')}")
-            _panel(sheet, axes, candidates, points)
-            _scale(axes, losses)
+            _panel(sheet, axes, candidates, points, "" if noisy else "loss ", words_of)
+            _scale(axes, losses, words_of)
         for axes in grid.flat if math.isfinite(limit) else ():
             _line(sheet, axes, limit)
         sheet.figure.supxlabel("times faster than the original", fontsize=12, color=COLOURS["quiet"])
         # The metric is the user's word, and so the caption's.
-        sheet.figure.supylabel("loss", fontsize=12, color=COLOURS["quiet"])
+        sheet.figure.supylabel("SQNR" if noisy else "loss", fontsize=12, color=COLOURS["quiet"])
 
     sizes = {"wide": (860, 380), "narrow": (360, 60 + 280 * len(panels))}
     return drawn("tradeoff", words, sizes, draw)
 
 
-def _scale(axes: Axes, losses: list[float]) -> None:
-    positive = [loss for loss in losses if loss > 0]
+def _points(loss: float) -> str:
+    return f"{loss:.4g}"
+
+
+def _decibels(loss: float) -> str:
+    """A share of noise as the SQNR that it is."""
+    return decibels(-10 * math.log10(loss)) if loss > 0 else decibels(math.inf)
+
+
+def _scale(axes: Axes, losses: list[float], words: Callable[[float], str]) -> None:
+    # What rounding of float32 leaves is nothing: decades down to it would hide the rest.
+    positive = [loss for loss in losses if loss > _NOTHING * max(losses)]
     wide = min(losses) >= 0 and bool(positive) and max(positive) > 30 * min(positive)
     if wide:
         axes.set_yscale("symlog", linthresh=min(positive), linscale=0.4)
-    axes.yaxis.set_major_formatter(ticks(lambda value: f"{value:.4g}"))
+    axes.yaxis.set_major_formatter(ticks(words))
     axes.xaxis.set_major_formatter(ticks(lambda value: f"{value:.3g}x"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.axvline(1.0, color=COLOURS["other"], linewidth=1.2, linestyle=(0, (2, 2)))
@@ -101,7 +114,8 @@ def _line(sheet: Sheet, axes: Axes, limit: float) -> None:
 
 
 def _panel(
-    sheet: Sheet, axes: Axes, candidates: Sequence[Candidate], points: list[tuple[int, float, float]]
+    sheet: Sheet, axes: Axes, candidates: Sequence[Candidate], points: list[tuple[int, float, float]], what: str,
+    words: Callable[[float], str],
 ) -> None:  # fmt: skip
     best = front([(speed, loss) for _, speed, loss in points])
     axes.plot(
@@ -112,7 +126,7 @@ def _panel(
     for verdict in dict.fromkeys(candidates[number - 1].verdict for number, _, _ in points):
         shape, colour, big = _MARKS.get(verdict, _OTHER_MARK)
         own = [point for point in points if candidates[point[0] - 1].verdict == verdict]
-        titles = [f"{n}. {candidates[n - 1].name}: {s:.2f}x, loss {loss:.4g}, {verdict}" for n, s, loss in own]
+        titles = [f"{n}. {candidates[n - 1].name}: {s:.2f}x, {what}{words(loss)}, {verdict}" for n, s, loss in own]
         sheet.marks(
             axes, [speed for _, speed, _ in own], [loss for _, _, loss in own], titles, marker=shape, markersize=big,
             color=COLOURS[colour], markeredgecolor=COLOURS["paper"], markeredgewidth=0.8, zorder=4,

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph import audit, caches, graph, modelio, runners, work
+from qgraph import audit, caches, naming, runners, work
 from qgraph.audit import Audit, Plan, original_name
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
-from qgraph.errors import ExecutionError
+from qgraph.errors import ExecutionError, UnprovedError
 from qgraph.placement import Left, Placement
 from qgraph.runners import Ran, Runner
 from qgraph.session import HOST, Feeds, Session, SessionOptions, runtime_version
@@ -32,8 +33,13 @@ from qgraph.targets import Target
 __all__ = ["audited", "hint", "how", "missing", "place", "prove", "runner_of"]
 
 _SAMPLES = 2
+_SECONDS = 10.0
+_ROUNDS = 3
+_ROOM = 128 << 20
+"""Bytes that the inputs and outputs of all samples of a proof may take."""
 _ROUNDED = 2.0
 """Other roundings at every step may move a result by as much as quantization itself did, there and back."""
+_CAREFUL = 0.8
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _OPTIMIZED_AWAY = "(no work)"
 
@@ -100,7 +106,11 @@ def audited(path: Path, plan: Plan, target: Target, feeds: Feeds | None = None) 
     trusted = {name: operators[0] for name, operators in plan.operators.items()}
     if runner_of(target) is None or not feeds:
         return Audit(trusted, {}, {})
-    where = _places(place(path, target, [caches.given(path, feeds)]))
+    try:
+        where = _places(place(path, target, [caches.given(path, feeds)]))
+    except UnprovedError:
+        # The proof of what is chosen will say so.
+        return Audit(trusted, {}, {})
     problems: dict[str, str] = {}
     for name in plan.operators:
         if name not in where:
@@ -117,41 +127,71 @@ def _places(ran: Ran) -> dict[str, str]:
     return {original_name(kernel.node): kernel.provider for kernel in ran.kernels}
 
 
-def prove(model: Path, original: Runnable, target: Target, data: Dataset, samples: int = _SAMPLES) -> Placement:
+def prove(model: Path, original: Runnable, target: Target, data: Dataset, seconds: float | None = None) -> Placement:
     """Run `model` on the target's provider and on the CPU provider, and `original` on the latter.
+
+    Two samples are always run, and then as many more as fit into the time.
 
     Args:
         model: what was written for the target.
         original: the float model.
         target: where it will run.
-        data: the first `samples` batches of it are run.
-        samples: how many.
+        data: the first batches of it are run.
+        seconds: how long the provider is run on more than two; None for ten.
 
     Raises:
         ExecutionError: the provider refuses the model, or cannot be run here.
     """
-    with tempfile.TemporaryDirectory(prefix="qgraph-named-") as folder:
-        return _prove(_named(model, Path(folder)), original, target, data, samples)
+    with naming.named(model) as readable:
+        return _prove(readable, original, target, data, _SECONDS if seconds is None else seconds)
 
 
-def _named(model: Path, folder: Path) -> Path:
-    """The model, or a copy of it in which every node has a name, by which it is found again."""
-    found = ir.load(model)
-    nodes = list(found.graph.all_nodes())
-    if all(node.name for node in nodes) or modelio.has_external(found):
-        return model
-    taken = {str(node.name) for node in nodes}
-    for number, node in enumerate(nodes):
-        if not node.name:
-            node.name = graph.fresh_name(f"{node.op_type}_{number}", taken)
-    ir.save(found, folder / model.name)
-    return folder / model.name
+def _run(model: Path, target: Target, data: Dataset, seconds: float) -> tuple[list[Feeds], Ran]:
+    """(samples, what came of them on the provider): two, and what fits into the time, in three jobs at most."""
+    source = iter(batch.feeds for batch in data)
+    batches: list[Feeds] = []
+    rounds: list[tuple[int, float]] = []
+    found: Ran | None = None
+    end = time.monotonic() + seconds
+    while len(rounds) < _ROUNDS:
+        room = _ROOM // max(1, _bytes(batches[0], found.outputs[0])) - len(batches) if found is not None else _SAMPLES
+        more = list(itertools.islice(source, min(room, _fitting(rounds, end - time.monotonic()))))
+        if not more and found is not None:
+            break
+        start = time.monotonic()
+        try:
+            ran = place(model, target, [caches.given(model, feeds) for feeds in more])
+        except UnprovedError:
+            if found is None:
+                raise
+            break
+        rounds.append((len(more), time.monotonic() - start))
+        batches += more
+        found = ran if found is None else dataclasses.replace(found, outputs=[*found.outputs, *ran.outputs])
+    assert found is not None
+    return batches, found
 
 
-def _prove(model: Path, original: Runnable, target: Target, data: Dataset, samples: int) -> Placement:
-    batches = [batch.feeds for batch in itertools.islice(data, samples)]
+def _bytes(feeds: Feeds, outputs: Mapping[str, NDArray[Any]]) -> int:
+    return sum(np.asarray(array).nbytes for one in (feeds, outputs) for array in one.values())
+
+
+def _fitting(rounds: Sequence[tuple[int, float]], left: float) -> int:
+    """How many samples more can be run in `left` seconds, where (samples, seconds) were seen."""
+    if not rounds:
+        return _SAMPLES
+    count, took = rounds[-1]
+    # A job has to start its runtime and load the model; of one job it is not known how long that was.
+    load, each = took, took / count
+    if len(rounds) > 1 and count > rounds[0][0]:
+        each = max((took - rounds[0][1]) / (count - rounds[0][0]), 0.05 * each)
+        load = max(0.0, took - count * each)
+    return max(0, int(_CAREFUL * (left - load) / max(each, 1e-6)))
+
+
+def _prove(model: Path, original: Runnable, target: Target, data: Dataset, seconds: float) -> Placement:
+    batches, ran = _run(model, target, data, seconds)
     given = [caches.given(model, feeds) for feeds in batches]
-    ran = place(model, target, given)
     host = SessionOptions(providers=(HOST,))
     with Session(model, host) as session:
         expected = [session.run(feeds) for feeds in given]

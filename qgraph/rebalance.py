@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph, scaling
+from qgraph.apart import APART, Apart
 from qgraph.balance import Balance, Reader, search
 from qgraph.layouts import along
 from qgraph.spec import Scheme
@@ -131,7 +132,9 @@ class Rebalance:
                 continue
             sample, bounds = node.meta[self._sample], node.meta[self._bounds]
             activation = kernel.activations.get(0)
-            found.append(Reader(node, sample, bounds, index, activation, kernel.weight[1], node in self._scalable))
+            apart: Apart | None = node.meta.get(APART)
+            weight, relative = kernel.weight[1], node in self._scalable
+            found.append(Reader(node, sample, bounds, index, activation, weight, relative, apart))
         return found
 
     def _shared(self, divided: Mapping[tuple[ir.Node, int], bool], surveyed: Sequence[ir.Node]) -> bool:
@@ -169,6 +172,8 @@ class Rebalance:
             sample, (low, high) = node.meta[self._sample], node.meta[self._bounds]
             node.meta[self._sample] = scaled(sample, index, 1)
             node.meta[self._bounds] = (scaled(low, index, 0), scaled(high, index, 0))
+            if APART in node.meta:
+                node.meta[APART] = node.meta[APART].scaled(found.scale[index])
             self.refused.pop(graph.label(node), None)
         names = tuple(graph.label(node) for node in indices)
         self.changes.append(Change(names, found.before, found.after, explicit))

@@ -10,6 +10,7 @@ from typing import Any
 
 from qgraph.errors import ModelError
 from qgraph.placement import Placement
+from qgraph.speeds import Footprint, Latency, OperatorTime, Speed
 
 __all__ = [
     "Budget",
@@ -112,47 +113,6 @@ class Fidelity:
 
 
 @dataclasses.dataclass(frozen=True)
-class Latency:
-    """Times of one model: median and the lowest and highest block's median, seconds per run."""
-
-    median: float
-    low: float
-    high: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Both models, timed in alternating blocks.
-
-    Attributes:
-        threads: intra-op threads.
-        before: the original.
-        after: the result.
-        ratio: median over pairs of neighbouring blocks of before / after: above 1 is faster.
-        ratio_low: lowest pair.
-        ratio_high: highest pair.
-        blocks: number of pairs.
-    """
-
-    threads: int
-    before: Latency
-    after: Latency
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    blocks: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Footprint:
-    """What a model takes: bytes on disk, seconds to load, bytes of resident memory that loading and a run add."""
-
-    disk: int
-    load_seconds: float
-    resident: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Budget:
     """What the result may lose.
 
@@ -165,6 +125,11 @@ class Budget:
     metric: str
     limit: float
     text: str
+
+    @property
+    def decibels(self) -> float | None:
+        """The least SQNR that is asked for, where the budget is one of SQNR: its limit is the share of noise."""
+        return -10 * math.log10(self.limit) if self.metric == "sqnr" and self.limit > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +165,8 @@ class Sensitivity:
         scheme: the scheme.
         noise: share of the worst output's power that quantizing this node alone turns into noise.
         exact: measured end to end; otherwise estimated from the node's own output.
-        saved: seconds that the kernel saves on one thread, by estimate or profile.
+        saved: seconds that the kernel saves on one thread, by estimate or profile; None where the target's costs are
+            no times.
     """
 
     node: str
@@ -208,7 +174,7 @@ class Sensitivity:
     scheme: str
     noise: float
     exact: bool
-    saved: float
+    saved: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,24 +198,19 @@ class ValueHistogram:
     sqnr: float
 
 
-@dataclasses.dataclass(frozen=True)
-class OperatorTime:
-    """Seconds per run that all nodes of one operator took, as the runtime profiled them on one thread."""
-
-    op_type: str
-    before: float
-    after: float
-
-
 @dataclasses.dataclass
 class Report:
-    """Everything about one optimization."""
+    """Everything about one optimization; `sha256` is that of the output's .onnx file, by which they are told to match.
+
+    It stays None where no file was written.
+    """
 
     source: str
     target: str
     scheme: str
     runtime: str
     output: str | None = None
+    sha256: str | None = None
     check: str = "whole"
     calibration_samples: int = 0
     seconds: float = 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -171,12 +172,17 @@ def _error(
     """Power of the output, and of its error, summed over groups."""
     if groups == 1:
         output = rows @ matrix
-        return float(np.square(output).sum()), float(np.square(output - noisy @ rounded).sum())
+        return _power(output), _power(output - noisy @ rounded)
     count, inner = len(rows), matrix.shape[0]
     x, y = (a.reshape(count, groups, inner).transpose(1, 0, 2) for a in (rows, noisy))
     w, v = (a.reshape(inner, groups, -1).transpose(1, 0, 2) for a in (matrix, rounded))
     output = x @ w
-    return float(np.square(output).sum()), float(np.square(output - y @ v).sum())
+    return _power(output), _power(output - y @ v)
+
+
+def _power(array: NDArray[Any]) -> float:
+    # Squares of what float32 holds need not fit into it.
+    return float(np.square(array, dtype=np.float64).sum())
 
 
 def total(noises: Mapping[tuple[str, str], float], assignment: Mapping[str, str]) -> float:

@@ -22,7 +22,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from qgraph.brain_floats import BRAIN, given, numbers
+from qgraph.complaints import complaint
 from qgraph.errors import ExecutionError
+from qgraph.narrowing import narrowed
 
 __all__ = [
     "HOST",
@@ -142,7 +145,7 @@ class Session:
                     native.add_session_config_entry(
                         "session.model_external_initializers_file_folder_path", str(folder.resolve())
                     )
-                source = ir.to_proto(model).SerializeToString()
+                source = ir.to_proto(narrowed(model)).SerializeToString()
             self._session: Any = ort.InferenceSession(
                 source, native, providers=list(self._options.providers), enable_fallback=0
             )
@@ -150,9 +153,10 @@ class Session:
             raise
         except Exception as error:
             what = model.name if isinstance(model, Path) else f"graph {model.graph.name!r}"
-            raise ExecutionError(f"onnxruntime {ort.__version__} cannot load {what}: {_words(error)}") from error
+            raise ExecutionError(f"onnxruntime {ort.__version__} cannot load {what}: {complaint(error)}") from error
         self.outputs: list[str] = [o.name for o in self._session.get_outputs()]
         self.inputs: dict[str, str] = {i.name: i.type for i in self._session.get_inputs()}
+        self._brain = any(one.type == BRAIN for one in (*self._session.get_inputs(), *self._session.get_outputs()))
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Outputs by name (all of them unless chosen).
@@ -162,15 +166,21 @@ class Session:
         """
         names = list(outputs) if outputs is not None else self.outputs
         try:
-            results = self._session.run(names, dict(feeds))
+            if self._brain:
+                results = [numbers(one) for one in self._session.run_with_ort_values(names, given(feeds, self.inputs))]
+            else:
+                results = self._session.run(names, dict(feeds))
         except Exception as error:
             shapes = ", ".join(f"{k} {v.dtype}{list(v.shape)}" for k, v in feeds.items()) or "nothing"
-            raise ExecutionError(f"onnxruntime cannot run the model on {shapes}: {_words(error)}") from error
+            raise ExecutionError(f"onnxruntime cannot run the model on {shapes}: {complaint(error)}") from error
         return dict(zip(names, results, strict=True))
 
     def call(self, feeds: Feeds) -> None:
         """Run and drop the results: the least overhead around a measurement."""
-        self._session.run(None, feeds)
+        if self._brain:
+            self._session.run_with_ort_values(None, given(feeds, self.inputs))
+        else:
+            self._session.run(None, feeds)
 
     def caller(self, feeds: Feeds) -> Callable[[], None]:
         """A run for the clock. On a device with memory of its own, inputs lie there and outputs stay there."""
@@ -228,12 +238,6 @@ class Session:
 def _shapes(told: Any) -> tuple[tuple[int, ...], ...]:
     """Shapes as a profile tells them: [{type: sizes}, ...]."""
     return tuple(tuple(int(size) for size in sizes) for one in told or () for sizes in one.values())
-
-
-def _words(error: Exception) -> str:
-    """The runtime's message without its decoration."""
-    text = str(error).replace("[ONNXRuntimeError] : ", "").strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
 
 
 def has_provider(name: str) -> bool:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from qgraph import graph
+from qgraph import experts, graph
 from qgraph.data import Dataset
 from qgraph.session import Session, SessionOptions
 
@@ -27,6 +27,9 @@ __all__ = ["Streams"]
 Array = NDArray[Any]
 _PATIENT = SessionOptions(config=(("session.intra_op.allow_spinning", "0"),))
 """Between two runs files are read: waiting threads would only take cores away."""
+
+_PICKING = frozenset({"Compress", "Gather", "GatherElements", "GatherND", "Slice", "Split"})
+"""Operators whose further inputs say what of the first is taken."""
 
 
 class _Shelf:
@@ -82,6 +85,7 @@ class Streams:
         self._quantizes = quantizes
         self._nodes = list(model.graph)
         self._last = _last_uses(self._nodes)
+        self._moved = _moved(self._nodes, quantizes)
         self._at = 0
         self._room = Path(tempfile.mkdtemp(prefix="qgraph-streams-", dir=scratch))
         self._shelves: tuple[dict[ir.Value, _Shelf], dict[ir.Value, _Shelf]] = ({}, {})
@@ -124,6 +128,13 @@ class Streams:
     def differs(self, value: ir.Value) -> bool:
         """Whether the streams differ at `value`, which is alive."""
         return value in self._shelves[1]
+
+    def aligned(self, value: ir.Value) -> bool:
+        """Whether what is in one place of `value` is the same thing in both streams.
+
+        Where a router sends tokens to experts, the streams may send them to others, and in other numbers.
+        """
+        return value not in self._moved
 
     def pairs(self, value: ir.Value) -> Iterator[tuple[Array, Array]]:
         """(in the model, in its twin) of `value`, which is alive, batch by batch.
@@ -173,7 +184,8 @@ class Streams:
         part = ir.Model(view.clone(), ir_version=self._model.ir_version, functions=list(self._model.functions.values()))
         for given, value in zip(part.graph.inputs, fed, strict=True):
             dtype, rank = self._shelves[0][value].kind
-            given.type = ir.TensorType(ir.DataType.from_numpy(dtype))
+            if value.dtype != ir.DataType.BFLOAT16:
+                given.type = ir.TensorType(ir.DataType.from_numpy(dtype))
             if given.shape is None:
                 given.shape = ir.Shape([None] * rank)
         if stream == 1:
@@ -188,6 +200,28 @@ class Streams:
                 results = session.run(feeds, names)
                 for value, name in zip(made, names, strict=True):
                     self._keep(stream, value, results[name])
+
+
+def _moved(nodes: Sequence[ir.Node], quantizes: Callable[[ir.Node], bool]) -> set[ir.Value]:
+    """Values that are picked from others in an order, or a number, that may differ between the streams."""
+    dirty: set[ir.Value] = set()
+    found: set[ir.Value] = set()
+    for node in nodes:
+        reads = set(_reads(node))
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type in ("Shape", "Size") and source not in found:
+            continue
+        if quantizes(node) or not dirty.isdisjoint(reads):
+            dirty.update(node.outputs)
+        if experts.PUT_BACK in node.meta:
+            continue
+        # What is scattered comes to stand where it belongs.
+        moved = source in found if node.op_type.startswith("Scatter") else not found.isdisjoint(reads)
+        # Picking from a constant puts other numbers into the same places.
+        picks = node.op_type in _PICKING and source is not None and not source.is_initializer()
+        if moved or (picks and any(value in dirty for value in node.inputs[1:])):
+            found.update(node.outputs)
+    return found
 
 
 def _reads(node: ir.Node) -> Iterator[ir.Value]:

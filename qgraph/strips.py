@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qgraph import widened
+
 __all__ = ["Strips"]
 
 
@@ -25,6 +27,9 @@ class Strips:
         self._array: NDArray[Any] | None = None
         self._path: Path | None = None
         self._offset = 0
+        if not isinstance(source, np.ndarray):
+            # What is a view of 16-bit floats is read from those, and widened a window at a time.
+            source = widened.source(source)
         if isinstance(source, ir.ExternalTensor) and source.dtype.itemsize >= 1:
             self._path, self._offset = Path(source.path), source.offset or 0
             self._kind = np.dtype(source.dtype.numpy())

@@ -52,7 +52,8 @@ def _continued(model: ir.Model, decoder: Decoder) -> Iterator[dict[str, NDArray[
 
 def _array(value: ir.Value, rng: np.random.Generator, sizes: dict[str, int]) -> NDArray[Any]:
     shape = _shape(value, sizes)
-    kind = np.dtype(value.dtype.numpy()) if value.dtype is not None else np.dtype(np.float32)
+    known = value.dtype is not None and value.dtype != ir.DataType.BFLOAT16
+    kind = np.dtype(value.dtype.numpy()) if known and value.dtype is not None else np.dtype(np.float32)
     if kind.kind == "f":
         return np.asarray(rng.standard_normal(shape), kind)
     rows = table_rows(value) if kind.kind in "iu" else None

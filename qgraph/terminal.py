@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from qgraph import elsewhere, proof
+from qgraph import elsewhere, labels, proof
 from qgraph.inspection import Inspection
 from qgraph.placement import Placement
-from qgraph.report import Candidate, Fidelity, NodeReport, Report, Sensitivity, Speed
+from qgraph.report import Candidate, Fidelity, Footprint, NodeReport, Report, Sensitivity, Speed
 from qgraph.targets import Target
-from qgraph.words import decibels, milliseconds, size
+from qgraph.words import decibels, milliseconds, runs, size, smaller
 
 __all__ = [
     "progress",
@@ -62,21 +62,18 @@ def show_report(console: Console, report: Report) -> None:
     table = _grid("l", "r", "r", "l")
     table.add_row("", Text("before", style="dim"), Text("after", style="dim"), "")
     if report.before is not None and report.after is not None:
-        smaller = report.before.disk / max(1, report.after.disk)
-        table.add_row("size", size(report.before.disk), size(report.after.disk), f"{smaller:.2f}x smaller")
-        table.add_row("memory", size(report.before.resident), size(report.after.resident), "resident, to load and run")
-        table.add_row("load", milliseconds(report.before.load_seconds), milliseconds(report.after.load_seconds), "")
+        _add_footprints(table, report.before, report.after)
     for speed in report.speed:
         table.add_row(*_speed_row(speed))
     if table.row_count > 1:
         console.print(table)
+        console.print()
     if report.fidelity is not None:
-        console.print()
         show_fidelity(console, report.fidelity)
-    if len(report.candidates) > 1:
         console.print()
+    if len(report.candidates) > 1:
         _show_candidates(console, report)
-    console.print()
+        console.print()
     _show_nodes(console, report.nodes, "see the report (--report FILE)")
     if report.placement is not None:
         show_placement(console, report.placement)
@@ -84,11 +81,19 @@ def show_report(console: Console, report: Report) -> None:
         console.print(Text(f"note: {note}", style="yellow"))
 
 
+def _add_footprints(table: Table, before: Footprint, after: Footprint) -> None:
+    table.add_row("size", size(before.disk), size(after.disk), smaller(before.disk, after.disk))
+    if before.resident is not None and after.resident is not None:
+        table.add_row("memory", size(before.resident), size(after.resident), "resident, to load and run")
+    if before.load_seconds is not None and after.load_seconds is not None:
+        table.add_row("load", milliseconds(before.load_seconds), milliseconds(after.load_seconds), "")
+
+
 def show_placement(console: Console, found: Placement) -> None:
     """What a target's own provider made of a model."""
     console.print(Text(elsewhere.told(found), style="" if found.right else "bold red"))
     console.print(
-        f"there against the float model here: {decibels(found.sqnr)}, cosine {found.cosine:.6f}, {found.samples} runs",
+        f"there against the float model here: {decibels(found.sqnr)}, cosine {found.cosine:.6f}, {runs(found.samples)}",
         style="dim",
     )
 
@@ -97,10 +102,17 @@ def _show_candidates(console: Console, report: Report) -> None:
     """What the search tried, the most faithful first."""
     budget = report.budget.text if report.budget is not None else "no budget"
     console.print(Text.assemble((f"{len(report.candidates)} candidates, ", "bold"), f"budget: {budget}"))
-    table = _grid("l", "r", "r", "r", "l", "l")
-    table.add_row(*(Text(head, style="dim") for head in ("", "loss", "SQNR", "size", "speed", "nodes")), "")
+    # A loss of SQNR is a share of noise, which the SQNR itself says better; nor is there a column for what none has.
+    timed = any(one.speed for one in report.candidates)
+    hidden = {"loss"} if report.budget is not None and report.budget.decibels is not None else set[str]()
+    hidden |= set() if timed else {"speed"}
+    heads = ("", "loss", "SQNR", "size", "speed", "nodes", "verdict")
+    shown = [place for place, head in enumerate(heads) if head not in hidden]
+    table = _grid(*("lrrrlll"[place] for place in shown))
+    table.add_row(*(Text(heads[place], style="dim") for place in shown))
     for one in sorted(report.candidates, key=lambda c: (c.loss is None, c.loss or 0.0)):
-        table.add_row(*_candidate_row(one))
+        row = _candidate_row(one)
+        table.add_row(*(row[place] for place in shown))
     console.print(table)
 
 
@@ -127,14 +139,17 @@ def show_sensitivity(console: Console, found: list[Sensitivity], every: bool) ->
     for one in shown:
         alone = decibels(-10 * math.log10(one.noise)) if one.noise > 0 else "identical"
         how = "measured" if one.exact else Text("estimated", style="dim")
-        table.add_row(Text(one.node), one.op_type, one.scheme, alone, milliseconds(one.saved), how)
+        table.add_row(
+            Text(one.node), one.op_type, one.scheme, alone, "" if one.saved is None else milliseconds(one.saved), how
+        )
     console.print(table)
     if len(found) > len(shown):
         console.print(f"and {len(found) - len(shown)} more (--all)", style="dim")
-    console.print(
-        "SQNR alone: of the worst output when only this node is quantized; saves: on one thread, by the target's costs",
-        style="dim",
-    )
+    words = "SQNR alone: of the worst output when only this node is quantized; saves: "
+    told = "on one thread, by the target's costs"
+    if all(one.saved is None for one in found):
+        told = "not known, since this target's costs are an order of preference"
+    console.print(words + told, style="dim")
 
 
 def _speed_row(speed: Speed) -> tuple[RenderableType, ...]:
@@ -171,7 +186,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
         console.print(Text(f"not compared: {name}, which has {what}", style="yellow"))
     apart = "" if fidelity.held_back else ", which calibration has seen"
     console.print(
-        f"on {fidelity.samples} runs{apart}; SQNR: signal over error, 20 dB is an error of 10 %, 40 dB of 1 %",
+        f"on {runs(fidelity.samples)}{apart}; SQNR: signal over error, 20 dB is an error of 10 %, 40 dB of 1 %",
         style="dim",
     )
     if fidelity.layers:
@@ -181,7 +196,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
 
 
 def _show_nodes(console: Console, nodes: list[NodeReport], more: str) -> None:
-    integer = Counter(f"{n.op_type} as {n.kernel}" if n.kernel != n.op_type else n.op_type for n in nodes if n.kernel)
+    integer = Counter(labels.kernel(n.op_type, n.kernel) for n in nodes if n.kernel)
     listing = ", ".join(f"{count} {what}" for what, count in integer.most_common())
     console.print(Text.assemble((f"{sum(integer.values())} nodes quantized: ", "bold"), listing or "none"))
     reasons = Counter((n.op_type, n.reason or "") for n in nodes if n.kernel is None)
@@ -202,6 +217,7 @@ def show_inspection(console: Console, path: Path, found: Inspection, every: bool
         f"opset {found.opset}, IR {found.ir_version}, {size(found.disk)} on disk, {size(found.weights)} of weights",
         style="dim",
     )
+    console.print(f"planned for target {found.target}, scheme {found.scheme}", style="dim")
     table = _grid("l", "l", "l")
     for kind, values in (("input", found.inputs), ("output", found.outputs)):
         for name, words in values.items():

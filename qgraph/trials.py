@@ -11,6 +11,7 @@ from typing import Any
 
 from qgraph.errors import DataError, ModelError, first_line
 from qgraph.report import Budget, Candidate
+from qgraph.words import decibels
 
 __all__ = ["Trial", "Trials"]
 
@@ -74,6 +75,8 @@ class Trial:
         if self.failed:
             return f"{self.name}: {self.failed}"
         speed = "".join(f", {ratio:.2f}x on {threads} thread(s)" for threads, ratio in self.speed.items())
+        if metric == "sqnr":
+            return f"{self.name} has {decibels(self.sqnr)}{speed}"
         return f"{self.name} loses {self.loss:.3g} of {metric} ({self.sqnr:.1f} dB){speed}"
 
     def candidate(self, chosen: bool, rejected: bool = False) -> Candidate:
@@ -129,7 +132,8 @@ class Trials:
             trials = {str(name): Trial(**one) for name, one in stored["trials"].items()}
             noises = {(node, scheme): float(noise) for node, scheme, noise in stored["noises"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{str(path)!r} holds no state of a search: {first_line(error)}") from error
+            what = first_line(error) if isinstance(error, OSError) else "--state has not written it, or not whole"
+            raise DataError(f"{str(path)!r} holds no state of a search: {what}. Name another file.") from error
         if (key, version) != (self._key, _VERSION):
             raise DataError(
                 f"{str(path)!r} is the state of a search on another model, other data or other options. "

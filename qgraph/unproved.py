@@ -5,10 +5,11 @@ So a model need not fit into memory. What is written then is said not to have be
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
-from qgraph import checks, outcome, part_checks
+from qgraph import checks, details, outcome, part_checks
 from qgraph.data import DataSource
 from qgraph.errors import OptionError
 from qgraph.job import Job
@@ -51,9 +52,12 @@ def run(job: Job, source: DataSource | None, evaluation: DataSource | None) -> S
     report.notes += outcome.notes(built.model, built.steps)
     report.calibration_samples = data.count() if data is not None else 0
     report.budget = None
+    details.weigh(report, job.path, built.staged.path, None)
     if proved:
         options = job.target.options()
         report.sensitivity = part_checks.errors(builder.prepared, built.model, built.staged.path, options, job.progress)
+    if job.target.ordinal:
+        report.sensitivity = [dataclasses.replace(one, saved=None) for one in report.sensitivity]
     count = sum(KERNEL in node.meta for node in built.model.graph)
     report.notes.append(_told(report.sensitivity, count) if proved else _NOTHING)
     report.seconds = time.perf_counter() - start

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qgraph import graph
+from qgraph import graph, widened
 from qgraph.errors import QuantizationError
 from qgraph.strips import Strips
 
@@ -51,8 +51,7 @@ def derived(
 
     def evaluate(tensor: ir.TensorProtocol = tensor) -> ir.TensorProtocol:
         made = function(tensor.numpy())
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        widened.release(tensor)
         return ir.Tensor(made, dtype=dtype, name=name)
 
     return graph.add_initializer(main, ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["decibels", "milliseconds", "percent", "size", "times"]
+__all__ = ["decibels", "milliseconds", "percent", "runs", "size", "smaller", "times"]
 
 
 def size(count: int) -> str:
@@ -16,13 +16,26 @@ def size(count: int) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds, three digits; as seconds from one on."""
+    """Seconds as milliseconds, three digits; as seconds from one on, as microseconds where they are few."""
+    if 0 < abs(seconds) < 1e-5:
+        return f"{seconds * 1e6:.3g} us"
     return f"{seconds * 1e3:.3g} ms" if abs(seconds) < 1 else f"{seconds:.2f} s"
+
+
+def smaller(before: int, after: int) -> str:
+    """Two sizes in bytes, compared."""
+    ratio = before / max(1, after)
+    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / max(ratio, 1e-9):.2f}x larger"
 
 
 def decibels(value: float) -> str:
     """A signal to noise ratio; infinite is no noise at all."""
     return "identical" if value == float("inf") else f"{value:.1f} dB"
+
+
+def runs(count: int) -> str:
+    """A number of runs."""
+    return f"{count} run{'s' * (count != 1)}"
 
 
 def times(ratio: float) -> str:

@@ -115,7 +115,7 @@ def test_a_part_that_is_wrong_is_found(saved, tmp_path, monkeypatch):
     assert not (tmp_path / "out.onnx").exists()
 
 
-@pytest.mark.parametrize("change", [{"max_loss": "1%"}, {"min_sqnr": 20.0}, {"state": "s"}])
+@pytest.mark.parametrize("change", [{"max_loss": "1%"}, {"min_sqnr": 20.0}, {"min_cosine": 0.9}])
 def test_budgets_need_the_whole(saved, change):
     """An error, and no budget that nobody holds to."""
     with pytest.raises(OptionError, match=f"--{next(iter(change)).replace('_', '-')} needs the whole model"):

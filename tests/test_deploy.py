@@ -99,12 +99,13 @@ def load(folder, one):
 
 
 def test_everything_is_there_and_proved(model, tmp_path):
-    (tmp_path / "r.json").write_text("{}")
+    report = json.dumps({"sha256": hashlib.sha256(model.read_bytes()).hexdigest()}).encode()
+    (tmp_path / "r.json").write_bytes(report)
     done = deploy(model, tmp_path / "out", ort=True, data=tmp_path / "data.npz", report=tmp_path / "r.json")
     out = tmp_path / "out"
     files = tree(out)
     assert files["model/model.onnx"] == model.read_bytes()
-    assert files["report.json"] == b"{}"
+    assert files["report.json"] == report
     assert {
         "README.md",
         "manifest.json",

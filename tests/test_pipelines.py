@@ -120,6 +120,7 @@ def test_pipelines_are_found_by_entry_point():
         "scale",
         "static",
         "survey",
+        "widen",
         "write",
     ]
     assert all(callable(registry.pipeline(name)) for name in registry.pipelines())

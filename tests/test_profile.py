@@ -457,7 +457,7 @@ def test_the_command_exports_and_imports(kit, rows, tmp_path):
         (["--provider", "cpu"], "--provider is for --export"),
         (["--import", "results.json", "--target", "x86"], "There is a target 'x86' already"),
         (["--import", "results.json", "--target", "this-machine"], "There is a target 'this-machine' already"),
-        (["--import", "results.json", "--target", "x"], "holds no results"),
+        (["--import", "results.json", "--target", "x"], "Cannot read the results 'results.json'"),
         (["--export", "kit", "--like", "cuda"], "has no costs to measure"),
         (["--export", "kit", "--like", "arm46"], "Did you mean 'arm64'"),
     ],

@@ -69,7 +69,7 @@ class Stand(runners.Runner):
     def job(self, config):
         raise AssertionError("nothing is started")
 
-    def run(self, model, feeds, *, config=None, seconds=600.0):
+    def run(self, model, feeds, *, config=None, seconds=None):
         names = [(node.name, node.op_type) for node in ir.load(model).graph]
         with Session(model, SessionOptions()) as session:
             outputs = [{k: self.change(v) for k, v in session.run(one).items()} for one in feeds]
@@ -167,7 +167,7 @@ def test_what_the_provider_does_not_take_is_left_in_float(net, samples, stand, m
 
 def test_a_refusal_is_told_with_the_runtimes_words(net, samples, monkeypatch):
     class Refuses(Stand):
-        def run(self, model, feeds, *, config=None, seconds=600.0):
+        def run(self, model, feeds, *, config=None, seconds=None):
             raise ExecutionError("a stand-in 1.0 cannot run model.onnx: no such operator")
 
     monkeypatch.setitem(runners.RUNNERS, "far", Refuses())
@@ -228,7 +228,7 @@ def test_of_several_outputs_the_worst_counts(model_kit, monkeypatch, tmp_path):
     data = load([{"x": model_kit.normal(4)}], inputs_of(model))
 
     class Worse(Stand):
-        def run(self, model, feeds, *, config=None, seconds=600.0):
+        def run(self, model, feeds, *, config=None, seconds=None):
             ran = super().run(model, feeds)
             ran.outputs[0]["z"] = ran.outputs[0]["z"] * np.float32(2)
             return ran

@@ -188,3 +188,93 @@ def test_late_layers_are_rounded_to_nearest_and_told(chain, model_kit):
     plain = quantized(model_kit, chain, learn=False)
     for feed in feeds:
         np.testing.assert_array_equal(model_kit.run(model, feed)["y"], model_kit.run(plain, feed)["y"])
+
+
+ROUTED = """
+g (float[n, 64] x) => (float[n, 64] y) {
+    a = MatMul (x, A)
+    s = ReduceSum <keepdims = 0> (a, last)
+    p = Greater (s, zero)
+    i = NonZero (p)
+    j = Squeeze (i, first)
+    b = Gather (a, j)
+    c = MatMul (b, B)
+    k = Unsqueeze (j, last)
+    d = ScatterND (x, k, c)
+    y = MatMul (d, C)
+}
+"""
+
+
+def test_rows_that_a_router_picks(model_kit):
+    """The quantized beginning picks others, and another number of them."""
+    weights = {name: model_kit.normal(64, 64, seed=ord(name), scale=0.15) for name in "ABC"}
+    constants = {"last": np.array([1]), "first": np.array([0]), "zero": np.float32(0)}
+    model = model_kit.text(ROUTED, **weights, **constants)
+    feeds = [{"x": feed["x"].reshape(-1, 64)} for feed in related(20)]
+    held = [{"x": feed["x"].reshape(-1, 64)} for feed in related(6, seed=1)]
+    found = []
+    for learn in (False, True):
+        copy = model.clone()
+        data = planned(model_kit, copy, feeds, "int2")
+        rounding = RoundBlocks(data, WRITE)
+        if learn:
+            rounding(copy)
+            assert not rounding.refused
+        for one in WRITE:
+            one(copy)
+        found.append(model_kit.sqnr(model, copy, held))
+    assert found[1] > found[0]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 48])
+def test_few_rows_do_little_harm(model_kit, rows):
+    """Fewer than inputs, as an expert may see: others than those lose next to nothing by what was learned."""
+    text = "g (float[n, 64] x) => (float[n, 48] y) { y = MatMul (x, W) }"
+    model = model_kit.text(text, W=model_kit.normal(64, 48))
+    all_rows = np.concatenate([feed["x"].reshape(-1, 64) for feed in related(30, seed=2)])
+    found = []
+    for learn in (False, True):
+        copy = model.clone()
+        data = planned(model_kit, copy, [{"x": all_rows[:rows]}])
+        if learn:
+            RoundBlocks(data, WRITE)(copy)
+        for one in WRITE:
+            one(copy)
+        found.append(model_kit.sqnr(model, copy, [{"x": all_rows[rows:]}]))
+    assert found[1] > found[0] - 0.1
+
+
+TIED = """
+g (int64[n, 6] i) => (float[n, 6, 300] y) {
+    e = Gather (T, i)
+    a = MatMul (e, A)
+    b = Relu (a)
+    h = MatMul (b, B)
+    t = Transpose <perm = [1, 0]> (T)
+    y = MatMul (h, t)
+}
+"""
+
+
+def test_a_head_that_is_the_embedding_learns_its_codes(model_kit):
+    """From what the head reads; the embedding picks the same codes, and the model errs less for it."""
+    mixer = related(1)[0]["x"].reshape(-1, 64)[:40]
+    model = model_kit.text(
+        TIED,
+        T=(model_kit.normal(300, 40) @ mixer).astype(np.float32) / 4,
+        A=model_kit.normal(64, 96, scale=0.2),
+        B=model_kit.normal(96, 64, seed=1, scale=0.2),
+    )
+    feeds = [{"i": np.random.default_rng(n).integers(0, 300, (8, 6))} for n in range(30)]
+    target = model_kit.free().in_blocks(32)
+    found = []
+    for data in (None, load(feeds[:24], inputs_of(model))):
+        copy = pipelines.quantize(Context(target, target.scheme("int4"), data, smoothing="none"))(model.clone()).model
+        assert model_kit.ops(copy).count("GatherBlockQuantized") == 1
+        head = [node for node in copy.graph if node.op_type == "MatMulNBits"][-1]
+        picked = next(node for node in copy.graph if node.op_type == "GatherBlockQuantized")
+        assert head.inputs[1] is picked.inputs[0]
+        found.append((model_kit.sqnr(model, copy, feeds[24:]), head.inputs[1].const_value.numpy()))
+    assert found[1][0] > found[0][0] + 1.5
+    assert not np.array_equal(found[0][1], found[1][1])

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from qgraph import session
+from qgraph.complaints import complaint
 from qgraph.errors import ExecutionError
 from qgraph.session import KernelTime, Session, SessionOptions, max_ir_version, runtime_version
 
@@ -103,9 +103,9 @@ def test_a_missing_provider_is_never_replaced_in_silence(tiny_chain):
 
 
 def test_messages_are_short_and_bare():
-    assert session._words(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : reason\nstack\ntrace")) == "1 : FAIL : reason"
-    assert session._words(RuntimeError("")) == "RuntimeError"
-    assert len(session._words(RuntimeError("x" * 10_000))) == 500
+    assert complaint(RuntimeError("[ONNXRuntimeError] : 1 : FAIL : reason\nstack\ntrace")) == "reason"
+    assert complaint(RuntimeError("")) == "RuntimeError"
+    assert len(complaint(RuntimeError("x" * 10_000))) == 500
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

@@ -111,3 +111,36 @@ def test_hidden_rows_are_left_out(model_kit):
         own, other = next(made.pairs(next(iter(model.graph)).outputs[0]))
         assert own is other
         np.testing.assert_array_equal(own, np.maximum(x, 0)[mask.astype(bool)])
+
+
+def test_what_a_router_sends_elsewhere_is_not_compared(model_kit, tmp_path):
+    """Rows that are picked by what is computed differ in number and order between the streams, until put back."""
+    text = """
+    g (float[n, 4] x, int64[k] order) => (float[n, 4] y) {
+        a = MatMul (x, W)
+        same = Gather (a, order)
+        size = Shape (a)
+        whole = Slice (a, zero, size)
+        left, right = Split <axis = 1> (a, widths)
+        large = Greater (a, limit)
+        places = NonZero (large)
+        row = Gather <axis = 0> (places, first)
+        some = Gather (a, row)
+        b = Relu (some)
+        wide = Unsqueeze (row, one)
+        back = ScatterND (x, wide, b)
+        y = Add (back, whole)
+    }
+    """
+    ints = {"zero": [0, 0], "widths": [1, 3], "one": [1]}
+    model = model_kit.text(
+        text, W=model_kit.normal(4, 4), limit=np.float32(0.5), first=np.array(0),
+        **{name: np.array(numbers) for name, numbers in ints.items()},
+    )  # fmt: skip
+    data = load([{"x": model_kit.normal(6, 4), "order": np.array([2, 0])}], inputs_of(model))
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    with Streams(model, data, lambda n: n.op_type == "MatMul", doubled, scratch=tmp_path) as made:
+        assert {name for name, value in values.items() if not made.aligned(value)} == {"some", "b"}
+        made.advance(len(model.graph) - 1)
+        ((own, other),) = made.pairs(values["back"])
+        assert own.shape == other.shape

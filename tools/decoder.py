@@ -36,12 +36,13 @@ SHAPES: dict[str, Decoder] = {
     "llama2-7b": Decoder(32, 4096, 32, 32, 11008, 32000, epsilon=1e-5),
 }
 STYLES = {"plain": plain, "fused": fused}
+DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 
 
 def build(shape: Decoder | str, style: str = "plain", dtype: str = "float32", seed: int = 0) -> ir.Model:
     """The decoder with lazy weights, drawn each time they are read."""
     sizes = SHAPES[shape] if isinstance(shape, str) else shape
-    return STYLES[style](sizes, {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}[dtype], seed)
+    return STYLES[style](sizes, DTYPES[dtype], seed)
 
 
 def write(
@@ -73,7 +74,8 @@ def feeds(
     for layer in range(sizes.layers):
         for what in ("key", "value"):
             cache = rng.standard_normal((batch, sizes.kv_heads, past, sizes.head_size), dtype=np.float32)
-            found[f"past_key_values.{layer}.{what}"] = cache.astype(dtype)
+            # Sessions take float32 for bfloat16.
+            found[f"past_key_values.{layer}.{what}"] = cache.astype(np.float32 if dtype == "bfloat16" else dtype)
     return found
 
 
@@ -92,7 +94,7 @@ def next_feeds(before: Feeds, outputs: Mapping[str, npt.NDArray[Any]], tokens: n
 @click.argument("shape", type=click.Choice(list(SHAPES)))
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--style", type=click.Choice(list(STYLES)), default="plain", show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 def main(shape: str, output: Path, style: str, dtype: str, seed: int) -> None:
     """Write one decoder."""

@@ -13,7 +13,11 @@ from models.builders.graph import Attribute, GraphWriter, generator
 
 __all__ = ["Decoder", "DecoderWriter", "plain"]
 
-FLOAT_MIN = {ir.DataType.FLOAT: -3.4028234663852886e38, ir.DataType.FLOAT16: -65504.0}
+FLOAT_MIN = {
+    ir.DataType.FLOAT: -3.4028234663852886e38,
+    ir.DataType.FLOAT16: -65504.0,
+    ir.DataType.BFLOAT16: -3.3895313892515355e38,
+}
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qgraph.errors import OptionError
+from qgraph.fingerprint import of_file
 
 __all__ = ["move", "refuse", "seal"]
 
 _MANIFEST, _SUMS = "manifest.json", "SHA256SUMS"
-_CHUNK = 1 << 20
 
 
 def refuse(final: Path, folder: Path, force: bool, reads: Mapping[str, object]) -> None:
@@ -79,9 +78,5 @@ def seal(folder: Path, manifest: dict[str, Any]) -> None:
 def _digests(folder: Path) -> list[tuple[str, int, str]]:
     found: list[tuple[str, int, str]] = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        found.append((path.relative_to(folder).as_posix(), path.stat().st_size, digest.hexdigest()))
+        found.append((path.relative_to(folder).as_posix(), path.stat().st_size, of_file(path)))
     return found

@@ -16,11 +16,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import data as sources
-from qgraph import modelio, registry
+from qgraph import modelio, registry, shards
 from qgraph.data import DataSource
 from qgraph.deploy import examples as deploy_examples
 from qgraph.deploy import ort as deploy_ort
 from qgraph.deploy import readme as deploy_readme
+from qgraph.deploy import reports
 from qgraph.deploy import sample as deploy_sample
 from qgraph.deploy.folder import move, refuse, seal
 from qgraph.deploy.providers import PLATFORMS, Provider, provider_on
@@ -67,12 +68,13 @@ def deploy(
         ort: add files in the runtime's own format, see `qgraph.deploy.ort`.
         platforms: what examples to write.
         data: its first sample travels along; without it, seeded numbers do.
-        report: a report of `qgraph.optimize` to copy along.
+        report: the report of `qgraph.optimize` about this very file, to copy along.
         ort_web: `onnxruntime-web` as npm installs it, or its `dist`, to copy beside the page, which then needs no net.
         force: replace a folder that was deployed before.
 
     Raises:
-        OptionError: an unknown target or platform, a folder that is in the way, a file that is not there.
+        OptionError: an unknown target or platform, a folder that is in the way, a file that is not there, a report
+            of another model.
         ModelError: the model cannot be read or converted, or the folder not written.
         DataError: the data is not of this model.
         ExecutionError: the runtime cannot load or run the model.
@@ -85,10 +87,10 @@ def deploy(
     wanted = registry.target(target).provider
     final = folder.resolve()
     refuse(final, folder, force, {"model": model, "data": data, "report": report, "copy of onnxruntime-web": ort_web})
-    if report is not None and not Path(report).is_file():
-        raise OptionError(f"There is no report {str(report)!r}.")
     vendored = _vendored(Path(ort_web), provider_on("web", wanted)) if ort_web is not None else None
     loaded = modelio.read(model)
+    if report is not None:
+        reports.check(Path(report), model)
     if not final.parent.is_dir():
         raise ModelError(f"The folder {str(final.parent)!r} does not exist.")
     try:
@@ -184,7 +186,7 @@ class _Job:
         shutil.copyfile(self.source, path)
         self.notes.append(
             f"The model exceeds 2 GB, the most that one file may hold: its weights stay beside it in "
-            f"{', '.join(names)}. Browsers and many phones cannot load so much."
+            f"{', '.join(names)}. {_who_loads(max((root / name).stat().st_size for name in names))}"
         )
         return path, names
 
@@ -268,6 +270,13 @@ class _Job:
                     f"{provider.version}, the newest known here: raise it."
                 )
         self.manifest["examples"] = written
+
+
+def _who_loads(largest: int) -> str:
+    """What a size of files means for browsers and phones."""
+    if largest > shards.WEB:
+        return "Browsers load no file of that size: optimize with --max-shard-size 2GB. Many phones lack the memory."
+    return "Each file is small enough for browsers, which have memory for 4 GB in all at most. Many phones have less."
 
 
 def _described(value: ir.Value) -> dict[str, Any]:

@@ -120,6 +120,11 @@ class Sample:
                 mine.take(theirs.keys, theirs.items)
 
     @property
+    def fair(self) -> NDArray[np.float32] | None:
+        """Those that were taken whatever their size, in no order that means anything; None when nothing was seen."""
+        return self._fair.items
+
+    @property
     def items(self) -> NDArray[np.float32] | None:
         """[at most count, channels (, kernel...)], extreme ones spread among the others; None when nothing was seen.
 

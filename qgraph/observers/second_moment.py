@@ -1,15 +1,13 @@
 """What a layer's inputs are together: the sum of products of every two of them, exact and in any order.
 
-Inputs are counted in whole steps of a grid, as the layer's own quantizer does; sums of products of integers are exact
-while they stay below 2^24 (float32) or 2^53 (float64), so BLAS computes them and still no order or split of the data
-changes a bit.
+Inputs are counted in whole steps of a grid, as the layer's own quantizer does; sums of products of whole numbers are
+exact (`exact_products`), so no order or split of the data changes a bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from qgraph import graph
+from qgraph.observers.exact_products import ExactProducts
 from qgraph.observers.sample import Patches
 from qgraph.qparams import QParams
 
@@ -24,7 +23,6 @@ __all__ = ["Grid", "SecondMoment", "patches_of"]
 
 _PIECE = 1 << 20
 _POSITIONS = 256
-_EXACT_SINGLE, _EXACT_DOUBLE = 1 << 24, 1 << 53
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,26 +78,31 @@ class SecondMoment:
         self.grid = grid
         self.patches = patches
         self.groups = groups
-        self.rows = 0
-        self._sums: NDArray[np.float64] | None = None
-        self._products: NDArray[np.float64] | None = None
         # Counted from the middle of the grid, numbers are half as large and four times as many rows add up exactly.
         self._middle = -(-(grid.lowest + grid.highest) // 2)
-        largest = max(grid.highest - self._middle, self._middle - grid.lowest) ** 2
-        single = largest << 6 <= _EXACT_SINGLE
-        self._kind: type[np.float32] | type[np.float64] = np.float32 if single else np.float64
-        self._rows_at_once = (_EXACT_SINGLE if single else _EXACT_DOUBLE) // max(1, largest)
+        self._products = ExactProducts(max(grid.highest - self._middle, self._middle - grid.lowest) ** 2)
+        self._sums: NDArray[np.float64] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many were seen."""
+        return self._products.rows
 
     def update(self, array: NDArray[np.floating]) -> None:
         """Take in `array`: [..., channels] for rows, [samples, channels, spatial...] for patches.
 
-        What is not finite is left out, as are empty arrays.
+        Rows, or images, that are not finite are left out, as are empty arrays.
         """
-        if array.size == 0 or array.ndim == 0 or not np.isfinite(array).all():
+        if array.size == 0 or array.ndim == 0:
             return
+        if self.patches is None:
+            array = array.reshape(-1, array.shape[-1])
+        # One by one: whatever else is in their batch, they are in the sum or not.
+        finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+        array = array if finite.all() else array[finite]
         counted = self.grid.steps(array, -1 if self.patches is None else 1)
         if self.patches is None:
-            rows = counted.reshape(1, -1, counted.shape[-1])
+            rows = counted[None]
             step = max(1, _PIECE // rows.shape[-1])
             for start in range(0, rows.shape[1], step):
                 self._add(rows[:, start : start + step])
@@ -130,35 +133,25 @@ class SecondMoment:
 
     def _add(self, rows: NDArray[np.float32]) -> None:
         """Add [groups, rows, inputs]."""
-        if self._products is None:
-            self._products = np.zeros((rows.shape[0], rows.shape[2], rows.shape[2]))
-            self._sums = np.zeros((rows.shape[0], rows.shape[2]))
-        products, sums = self._products, self._sums
-        assert sums is not None
-        shifted: NDArray[np.floating] = (rows - np.float32(self._middle)).astype(self._kind)
-        for start in range(0, rows.shape[1], self._rows_at_once):
-            piece: Any = shifted[:, start : start + self._rows_at_once]
-            sums += piece.sum(axis=1, dtype=np.float64)
-            if piece.shape[0] == 1:
-                products[0] += piece[0].T @ piece[0]  # BLAS sees the symmetry
-            else:
-                products += piece.transpose(0, 2, 1) @ piece
-        self.rows += rows.shape[1]
+        shifted = rows - np.float32(self._middle)
+        # A whole number of a few bits: these sums stay exact for longer than those of products.
+        sums = shifted.sum(axis=1, dtype=np.float64)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._products.add(shifted)
 
     def merge(self, other: Self) -> None:
         """Take in all that `other`, on the same grid, has seen."""
-        if other._products is None or other._sums is None:
-            return
-        self.rows += other.rows
-        self._products = other._products.copy() if self._products is None else self._products + other._products
-        self._sums = other._sums.copy() if self._sums is None else self._sums + other._sums
+        self._products.merge(other._products)
+        if other._sums is not None:
+            self._sums = other._sums.copy() if self._sums is None else self._sums + other._sums
 
     def moment(self) -> NDArray[np.float64] | None:
         """E[x x^T] in the inputs' own unit, [groups, inputs, inputs]; None when nothing was seen."""
-        if self._products is None or self._sums is None:
+        products = self._products.total
+        if products is None or self._sums is None:
             return None
         mean = self._sums / self.rows
-        found = self._products / self.rows
+        found = products / self.rows
         if self._middle:
             found += (self._middle * mean)[:, :, None]
             found += (self._middle * mean)[:, None, :] + float(self._middle) ** 2

@@ -32,6 +32,7 @@ PROVIDERS: Mapping[str, str] = {
 }
 """What runners call a provider -> its name. Where there is WebAssembly only, it is the CPU's."""
 _VERSION = 1
+_WHERE = "It is the results.json that the program of a kit writes on the device (qgraph profile --export FOLDER)."
 _SHORTEST, _LONGEST = 1e-8, 100.0
 _MOST_NAMED = 3
 # What devices call themselves -> the targets whose formats suit them.
@@ -116,13 +117,16 @@ def told(path: Path) -> dict[str, Any]:
         DataError: it is no such file.
     """
     try:
-        found = json.loads(path.read_text())
-        if not isinstance(found, dict) or "table" not in found or not isinstance(found.get("times"), dict):
-            raise ValueError("it was not written by a kit")
-        if found.get("version") != _VERSION:
-            raise ValueError("it was written by a kit of another version of qgraph; export one again")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(path)!r} holds no results: {first_line(error)}.") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"Cannot read the results {str(path)!r}: {first_line(error)}. {_WHERE}") from error
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} holds no results: it is no JSON, or cut short. {_WHERE}") from error
+    if not isinstance(found, dict) or "table" not in found or not isinstance(found.get("times"), dict):
+        raise DataError(f"{str(path)!r} holds no results: it was not written by a kit. {_WHERE}")
+    if found.get("version") != _VERSION:
+        what = "it was written by a kit of another version of qgraph; export one again (qgraph profile --export FOLDER)"
+        raise DataError(f"{str(path)!r} holds no results: {what}.")
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,19 +23,25 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qgraph.errors import ExecutionError
+from qgraph.errors import ExecutionError, OptionError, UnprovedError
+from qgraph.modelio import size_on_disk
 from qgraph.session import Feeds, KernelTime
 
-__all__ = ["FOLDER", "JOB", "RESULT", "Ran", "Runner", "runners_folder"]
+__all__ = ["FOLDER", "JOB", "RESULT", "SECONDS", "Ran", "Runner", "patience", "runners_folder"]
 
 FOLDER = "QGRAPH_RUNNERS"
 """The environment's variable that names the folder of the runners."""
+SECONDS = "QGRAPH_RUNNER_SECONDS"
+"""The environment's variable that says how long a runner may take for one job."""
 
 JOB = "job.json"
 """What to do, in the folder of a job. See `write_job`."""
 RESULT = "result.json"
 """What came of it. See `read_result`."""
 _ALIGNMENT = 16
+_PATIENCE = 600.0
+_SLOWEST = 1e6
+"""Bytes of weights a second that a simulator at least gets through."""
 
 
 def runners_folder() -> Path:
@@ -48,6 +55,24 @@ def runners_folder() -> Path:
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "qgraph" / "runners"
+
+
+def patience(model: Path) -> float:
+    """Seconds that a runner may take: $QGRAPH_RUNNER_SECONDS, or ten minutes and a second more for each megabyte.
+
+    Raises:
+        OptionError: the variable is no positive number.
+    """
+    said = os.environ.get(SECONDS)
+    if not said:
+        return _PATIENCE + (size_on_disk(model) / _SLOWEST if model.is_file() else 0.0)
+    try:
+        found = float(said)
+    except ValueError:
+        found = math.nan
+    if not found > 0:
+        raise OptionError(f"{SECONDS} is a number of seconds above 0, and not {said!r}.")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +128,7 @@ class Runner(abc.ABC):
         feeds: Sequence[Feeds],
         *,
         config: Mapping[str, str] | None = None,
-        seconds: float = 600.0,
+        seconds: float | None = None,
     ) -> Ran:
         """Run `model` on each of the feeds, in a process of its own.
 
@@ -111,10 +136,11 @@ class Runner(abc.ABC):
             model: a file; its external data lies beside it.
             feeds: arrays by input name, one mapping for each sample.
             config: further session config entries.
-            seconds: how long it may take.
+            seconds: how long it may take; None for what `patience` says.
 
         Raises:
-            ExecutionError: the runner is not here, or its runtime refuses the model, crashes, or takes too long.
+            UnprovedError: it takes too long.
+            ExecutionError: the runner is not here, or its runtime refuses the model or crashes.
         """
         if self.missing is not None:
             raise ExecutionError(f"Cannot run on {self.provider}: {self.missing}. Set it up: {self.setup}")
@@ -122,7 +148,7 @@ class Runner(abc.ABC):
             folder = Path(name)
             write_job(folder, {**self.job(config or {}), "model": str(model.resolve())}, feeds)
             command, environment = self.command(folder)
-            self._call(command, environment, model, seconds)
+            self._call(command, environment, model, patience(model) if seconds is None else seconds)
             return read_result(folder, model, self.how)
 
     def _call(self, command: list[str], environment: Mapping[str, str], model: Path, seconds: float) -> None:
@@ -136,7 +162,8 @@ class Runner(abc.ABC):
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired as error:
-            raise ExecutionError(f"{self.how} took more than {seconds:.0f} s on {model.name}.") from error
+            late = f"{self.how} took more than {seconds:.0f} s on {model.name}: {SECONDS} allows it more."
+            raise UnprovedError(late) from error
         except OSError as error:
             raise ExecutionError(f"Cannot start {command[0]!r}: {error.strerror}.") from error
         if done.returncode != 0:

@@ -102,7 +102,7 @@ class NodeRunner(Runner):
         feeds: Sequence[Feeds],
         *,
         config: Mapping[str, str] | None = None,
-        seconds: float = 600.0,
+        seconds: float | None = None,
     ) -> Ran:
         """Run `model` on each of the feeds, in Node. See `Runner.run`.
 
@@ -110,9 +110,10 @@ class NodeRunner(Runner):
         them; the opset of its operators stays.
 
         Raises:
-            UnprovedError: the model has a newer opset, or newer operators, than this runtime knows.
-            ExecutionError: the runner is not here, or its runtime refuses the model, crashes, or takes too long; or
-                the model has more bytes than it takes.
+            UnprovedError: the model has a newer opset, or newer operators, than this runtime knows, or it takes too
+                long.
+            ExecutionError: the runner is not here, or its runtime refuses the model or crashes; or the model has more
+                bytes than it takes.
         """
         if self.missing is not None:
             return super().run(model, feeds, config=config, seconds=seconds)  # which says so

@@ -2,11 +2,13 @@
 
 from qgraph.targets.base import (
     ABSORBED,
+    AUTO,
     FOLDED,
     KERNEL,
     QPARAMS,
     REASON,
     SPEC,
+    STATIC,
     WEIGHTS,
     Form,
     Kernel,
@@ -19,11 +21,13 @@ from qgraph.targets.base import (
 
 __all__ = [
     "ABSORBED",
+    "AUTO",
     "FOLDED",
     "KERNEL",
     "QPARAMS",
     "REASON",
     "SPEC",
+    "STATIC",
     "WEIGHTS",
     "Form",
     "Kernel",

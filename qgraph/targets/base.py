@@ -22,11 +22,13 @@ from qgraph.spec import Mixture, QuantSpec, Scheme
 
 __all__ = [
     "ABSORBED",
+    "AUTO",
     "FOLDED",
     "KERNEL",
     "QPARAMS",
     "REASON",
     "SPEC",
+    "STATIC",
     "WEIGHTS",
     "Form",
     "Kernel",
@@ -51,7 +53,10 @@ it once, as it loads the model; that it does so is audited."""
 REASON = "qgraph.reason"
 """Key in `Node.meta`: why the node stays in float."""
 
-
+AUTO = "auto"
+"""Name of the scheme that chooses node by node, and that is taken unless another is asked for."""
+STATIC = "int8"
+"""Name of the scheme whose activations have ranges fixed from data."""
 WEIGHTS = "weights"
 """Name of the scheme in which each weight has as few bits as it bears, and activations stay in float."""
 
@@ -158,6 +163,10 @@ class Target(abc.ABC):
     over RMS of the output. What the file itself lost by quantization is allowed in any case."""
     fuses_like_host: bool = True
     """Whether the CPU provider's optimized graph shows the kernels that are chosen there."""
+    ordinal: bool = False
+    """Whether its costs are an order of preference, and no times."""
+    web: bool = False
+    """Whether models run in browsers, which load files of 2 GB at most."""
     rounds_apart: bool = False
     """Whether its integer kernels round results that lie in the middle of two codes differently by processor."""
     mask: float | None = None
@@ -190,6 +199,11 @@ class Target(abc.ABC):
             has = ", ".join(self.schemes)
             raise errors.OptionError(
                 f"Target {self.name!r} has no scheme {name!r}: {self.refused[name]}. It has: {has}."
+            )
+        if name == WEIGHTS and name not in self.schemes:
+            raise errors.OptionError(
+                f"Target {self.name!r} has no kernels for weights of few bits, among which scheme {name!r} and "
+                f"--bits-per-weight choose: leave that out. Its schemes are: {', '.join(self.schemes)}."
             )
         if name not in self.schemes:
             raise errors.unknown(f"scheme for target {self.name!r}:", name, self.schemes)

@@ -16,7 +16,9 @@ from qgraph.targets import cpu_checks, cpu_costs
 from qgraph.targets.base import Form, Kernel, Output, Refusal
 from qgraph.targets.cpu_costs import Costs
 
-__all__ = ["find"]
+__all__ = ["HERE", "find"]
+
+HERE = "onnxruntime's CPU provider"
 
 # u8 x s8 products of this many terms may leave int32.
 _LONGEST_SUM = (2**31 - 1) // (255 * 127)
@@ -26,21 +28,25 @@ _BYTE = 5e-13
 _PICKED = 50_000
 
 
-def find(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
-    """The kernel for `node` in a dynamic or weight-only scheme, or why it has none."""
+def find(node: ir.Node, scheme: Scheme, costs: Costs, provider: str = HERE) -> Kernel | Refusal:
+    """The kernel for `node` in a dynamic or weight-only scheme, or why `provider`, in words, has none."""
     if weights.is_product(node):
         return _product(node, scheme, costs)
     if node.op_type == "LSTM":
-        return _lstm(node, scheme, costs)
+        return _lstm(node, scheme, costs, provider)
     if node.op_type == "Gather":
         return _embedding(node, scheme, costs)
     if node.op_type == "Conv":
         if scheme.dynamic:
             return Refusal("onnxruntime's dynamic integer convolution is slower than the float one")
-        return Refusal("onnxruntime has no convolution with quantized weights and float activations")
+        return Refusal(f"{provider} has no convolution with quantized weights and float activations")
     if node.op_type == "GRU":
-        return Refusal("onnxruntime's CPU provider has an integer LSTM, but no integer GRU")
-    return Refusal(f"onnxruntime's CPU provider has no such kernel for {node.op_type}")
+        return Refusal(f"{provider} has no integer GRU")
+    if scheme.dynamic:
+        return Refusal(f"{provider} has no dynamic integer {node.op_type}")
+    if not any(value is not None and graph.has_constant(value) and graph.is_float(value) for value in node.inputs):
+        return Refusal("it has no weights, and the scheme is about weights alone")
+    return Refusal(f"{provider} has no {node.op_type} with quantized weights and float activations")
 
 
 def _product(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
@@ -122,9 +128,9 @@ def _embedding(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
     )
 
 
-def _lstm(node: ir.Node, scheme: Scheme, costs: Costs) -> Kernel | Refusal:
+def _lstm(node: ir.Node, scheme: Scheme, costs: Costs, provider: str) -> Kernel | Refusal:
     if not scheme.dynamic:
-        return Refusal("onnxruntime has no LSTM with quantized weights and float activations")
+        return Refusal(f"{provider} has no LSTM with quantized weights and float activations")
     source, weight, recurrence = node.inputs[0], node.inputs[1], node.inputs[2]
     refusal = (
         cpu_checks.float_activation(source)

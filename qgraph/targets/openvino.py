@@ -63,7 +63,7 @@ class OpenVino(whole.Whole):
 
     def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         """Static kernels by the table, weights in blocks as on the CPU."""
-        return super().kernel(node, scheme) if scheme.static else cpu_products.find(node, scheme, SHIPPED)
+        return super().kernel(node, scheme) if scheme.static else cpu_products.find(node, scheme, SHIPPED, "OpenVINO")
 
 
 def openvino() -> OpenVino:

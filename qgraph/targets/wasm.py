@@ -17,6 +17,7 @@ class Wasm(Cpu):
     """The CPU provider in WebAssembly."""
 
     runner = "wasm"
+    web = True
     # MatMulNBits keeps float activations there, where the CPU provider rounds them to 8 bits.
     tolerance = 1e-2
     evidence = "what it takes: onnxruntime-web; costs: those of x86 with VNNI"

@@ -27,6 +27,7 @@ class WebGpu(Gpu):
     provider = "WebGpuExecutionProvider"
     label = "WebGPU"
     runner = "webgpu"
+    web = True
     min_opset = 17
     half = FP16.name
     tolerance = 2e-2

@@ -39,6 +39,7 @@ class Whole(Target):
     """
 
     fuses_like_host = False
+    ordinal = True
     table: Mapping[str, Entry]
     start: float = 1e-6
     rate: float = 1e12
@@ -61,7 +62,7 @@ class Whole(Target):
         if entry is None:
             return Refusal(f"{self.provider} has no quantized {node.op_type}")
         if self._vanishes(node, scheme):
-            return Refusal("the quantizer behind the layer before it does its work")
+            return Refusal("it goes where the layer before it goes, whose codes can do its work")
         found = entry(node, scheme)
         if isinstance(found, Refusal):
             return found

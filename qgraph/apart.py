@@ -1,0 +1,50 @@
+"""What one half of the data says of a layer's input, tested on the other half.
+
+A range or a factor that is fitted to data fits that data: each channel of a few samples has its largest value in one of
+them, and a new sample goes beyond it somewhere. Where choices are judged on rows whose half had no say in them, they
+hold for data that is still to come (cross-validation; Stone, "Cross-Validatory Choice and Assessment of Statistical
+Predictions", 1974).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+__all__ = ["APART", "SHARE", "WIDEST", "Apart"]
+
+APART = "qgraph.apart"
+"""Key in `Node.meta` of a product that was surveyed on enough data: an `Apart`."""
+SHARE = 0.5
+"""Of the batches, how many are the other half."""
+WIDEST = 2.0
+"""The widest range that is tried, in terms of the values seen: more than doubling them costs a bit."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Apart:
+    """Two halves of what a product reads.
+
+    Attributes:
+        low: smallest value of each channel in the first half, [channels].
+        high: largest.
+        under: smallest of each channel in the other half, [channels].
+        over: largest.
+        rows: a sample of the other half, each row as likely as any, [n, channels].
+    """
+
+    low: Floats
+    high: Floats
+    under: Floats
+    over: Floats
+    rows: Floats
+
+    def scaled(self, factor: NDArray[np.floating]) -> Self:
+        """The same with each channel divided by its positive factor, [channels]."""
+        parts = (self.low, self.high, self.under, self.over, self.rows)
+        return type(self)(*(np.asarray(part / factor, np.float32) for part in parts))

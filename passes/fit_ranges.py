@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,8 @@ _FAINT = 0.1
 
 Floats = NDArray[np.float32]
 Bounds = tuple[float, float]
+Fits: TypeAlias = "dict[tuple[str, tuple[str, ...]], QParams]"
+"""(value, how it is quantized and by which layers it is read) -> its parameters."""
 
 
 @dataclasses.dataclass
@@ -74,11 +77,13 @@ class FitRanges(ir.passes.InPlacePass):
     Args:
         convolutions: whether to fit the ranges that a Conv reads, too. Of images' outputs a patch's own error tells
             less of the model's than a token's does: convolutional networks have won and lost by it.
+        store: ranges found earlier on the same surveyed model, used and added to.
     """
 
-    def __init__(self, convolutions: bool = False):
+    def __init__(self, convolutions: bool = False, store: Fits | None = None):
         super().__init__()
         self.convolutions = convolutions
+        self.store: Fits = {} if store is None else store
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
@@ -89,7 +94,10 @@ class FitRanges(ir.passes.InPlacePass):
             if not self.convolutions and any(node.op_type == "Conv" for node in layers):
                 continue
             if layers and sharing[str(value.meta.get(GROUP, value.name))] == 1:
-                value.meta[QPARAMS] = _fit(value, layers)
+                key = str(value.name), (repr(value.meta[SPEC]), *map(graph.label, layers))
+                if key not in self.store:
+                    self.store[key] = _fit(value, layers)
+                value.meta[QPARAMS] = self.store[key]
         return ir.passes.PassResult(model, False)
 
 
@@ -138,7 +146,8 @@ def _fit(value: ir.Value, layers: list[ir.Node]) -> QParams:
             best = min(options, key=cost)
     if apart:
         # What the first half needs for the other, all of the data needs for what is to come.
-        return from_range(*(share * end for share, end in zip(_shares(best, (low, high)), seen, strict=True)), spec)
+        shares = _shares(best, (low, high))
+        return from_range(shares[0] * seen[0], shares[1] * seen[1], spec)
     start = sum(reader.error(before) for reader in readers)
     return from_range(*best, spec) if cost(best) < _WORTH * start else before
 
@@ -171,6 +180,9 @@ def _reader(node: ir.Node) -> _Reader:
         # A token's few huge numbers are made small again by the normalization behind; an image's large ones are it.
         weights = 1.0 / np.maximum(outputs / mean, _FAINT)
         powers = powers / np.maximum(powers * np.square(extremes, dtype=np.float64), _FAINT)
+    if apart is not None:
+        # A channel's extreme is one row of its half, of which the sample is a share.
+        powers = powers * apart.share
     if factor.shape[2] > factor.shape[1] and factor.shape[0] == 1:
         # Of many outputs, only how they go together matters.
         values, vectors = np.linalg.eigh(factor[0] @ factor[0].T)

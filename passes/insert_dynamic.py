@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 from qgraph.passes.calibrate_weights import WEIGHT
+from qgraph.passes.round_weights import CODES
 
 from qgraph import graph, weights
 from qgraph.qparams import QParams, quantize
@@ -74,14 +75,16 @@ class _Writer:
             self.quantized[value] = made
         return self.quantized[value]
 
-    def _weight(self, weight: ir.Value, params: QParams, transposed: bool) -> tuple[ir.Value, ir.Value]:
-        """(codes [K, N], scales [N])."""
-        key = (weight, params.scale.tobytes(), transposed)
+    def _weight(self, node: ir.Node, weight: ir.Value, transposed: bool) -> tuple[ir.Value, ir.Value]:
+        """(codes [K, N], learned ones where there are, scales [N])."""
+        params: QParams = node.meta[WEIGHT]
+        learned: NDArray[Any] | None = node.meta.get(CODES)
+        key = (weight, params.scale.tobytes(), transposed, id(learned))
         if key not in self.codes:
             shape = graph.run_shape(weight) or (0, 0)
 
             def codes(array: NDArray[Any]) -> NDArray[Any]:
-                found = quantize(array, params)
+                found = quantize(array, params) if learned is None else np.asarray(learned)
                 return np.ascontiguousarray(found.T) if transposed else found
 
             name = graph.fresh_name(f"{weight.name}_quantized", self.names)
@@ -95,11 +98,10 @@ class _Writer:
     def product(self, node: ir.Node) -> None:
         """Write one product; its integer part carries its name and kernel."""
         source, weight = node.inputs[0], node.inputs[1]
-        params: QParams = node.meta[WEIGHT]
         assert source is not None and weight is not None
         base = str(node.name)
         transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
-        codes, scale = self._weight(weight, params, transposed)
+        codes, scale = self._weight(node, weight, transposed)
         quantized, step, zero = self._activation(source, node).outputs
         integer = self._node("MatMulInteger", [quantized, codes, zero], base, node)
         product = integer.outputs[0]

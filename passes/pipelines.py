@@ -246,7 +246,10 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         data = (context.data, context.folder, context.budget)
         calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
         exact = [Portable()] if context.target.rounds_apart else []
-        observe = [InsertObservers(context.observer), calibrate, *([FitRanges()] if learned else []), *exact]
+        # Ranges that somebody asked for are not chosen anew.
+        asked = context.scheme.torch or context.observer is not None or context.ranges is not None
+        fit = [] if asked and not learned else [FitRanges(store=context.fits)]
+        observe = [InsertObservers(context.observer), calibrate, *fit, *exact]
         learn = [RoundWeights(*data, context.progress, context.codes)] if learned else []
         if context.learn or _only_weights(context):
             learn += [

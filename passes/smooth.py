@@ -47,7 +47,7 @@ class Smooth(ir.passes.InPlacePass):
         scheme: Scheme,
         explicit: bool | Collection[str] = True,
         least: float = 0.1,
-        worthy: float = 3.0,
+        worthy: float = 1.0,
     ):
         super().__init__()
         self.target = target

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import calibration, graph
-from qgraph.apart import APART, SHARE, Apart
+from qgraph.apart import APART, LEAST, SHARE, Apart
 from qgraph.calibration import CHANNELS, SAMPLE, STATISTICS
 from qgraph.data import Dataset
 from qgraph.observers.channel_range import ChannelRange
@@ -97,8 +97,10 @@ class Survey(ir.passes.InPlacePass):
             later = source.meta[STATISTICS]
             if None in statistics and -1 in statistics:
                 one, other, rows = statistics[-1], later[-1], later[None].fair
-                if one.low is not None and other.low is not None and rows is not None:
-                    halves[source] = Apart(one.low, one.high, other.low, other.high, rows)
+                ends = one.low, one.high, other.low, other.high
+                if rows is not None and len(rows) >= LEAST and all(end is not None for end in ends):
+                    # Equal rows are one of the sample.
+                    halves[source] = Apart(*ends, rows, min(1.0, len(rows) / other.count))
             for key, statistic in statistics.items():
                 statistic.merge(later[key])
             source.meta[STATISTICS] = statistics

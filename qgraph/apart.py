@@ -14,12 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-__all__ = ["APART", "SHARE", "WIDEST", "Apart"]
+__all__ = ["APART", "LEAST", "SHARE", "WIDEST", "Apart"]
 
 APART = "qgraph.apart"
 """Key in `Node.meta` of a product that was surveyed on enough data: an `Apart`."""
 SHARE = 0.5
 """Of the batches, how many are the other half."""
+LEAST = 64
+"""Distinct rows of the other half below which nothing is tested on them."""
 WIDEST = 2.0
 """The widest range that is tried, in terms of the values seen: more than doubling them costs a bit."""
 
@@ -36,6 +38,7 @@ class Apart:
         under: smallest of each channel in the other half, [channels].
         over: largest.
         rows: a sample of the other half, each row as likely as any, [n, channels].
+        share: of the other half's rows that these are, above 0, at most 1.
     """
 
     low: Floats
@@ -43,8 +46,11 @@ class Apart:
     under: Floats
     over: Floats
     rows: Floats
+    share: float
 
     def scaled(self, factor: NDArray[np.floating]) -> Self:
         """The same with each channel divided by its positive factor, [channels]."""
-        parts = (self.low, self.high, self.under, self.over, self.rows)
-        return type(self)(*(np.asarray(part / factor, np.float32) for part in parts))
+        low, high, under, over, rows = (
+            np.asarray(part / factor, np.float32) for part in (self.low, self.high, self.under, self.over, self.rows)
+        )
+        return type(self)(low, high, under, over, rows, self.share)

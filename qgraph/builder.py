@@ -26,11 +26,9 @@ from qgraph.targets import KERNEL, REASON, Form, Kernel, Target
 
 __all__ = ["VARIANTS", "Builder", "Built", "digest"]
 
-VARIANTS = ("folded", "none", "explicit")
-"""Ways to move range between channels, in the order in which they are tried: the first two cost nothing at run time."""
+VARIANTS = ("folded", "none", "explicit")  # Ways to scale channels, as they are tried; the first two cost no time.
 _ROUNDS = 4
-_LEARNED_PER_SECOND = 1e9
-"""Inputs squared times outputs, the solver's work, done on one core; data passes included."""
+_LEARNED_PER_SECOND = 4e9  # Inputs squared times outputs, the solver's work, on two cores; data passes included.
 
 
 @dataclasses.dataclass
@@ -97,7 +95,7 @@ class Builder:
         progress: Callable[[str, int, int], None],
     ):
         self.original = model
-        self.context = dataclasses.replace(context, store={}, codes={}, blocks={}, progress=progress)
+        self.context = dataclasses.replace(context, store={}, codes={}, fits={}, blocks={}, progress=progress)
         self.workspace, self.output, self.external = workspace, output, external
         self.avoid, self.progress = avoid, progress
         self.refused: dict[tuple[str, str], str] = {}
@@ -107,14 +105,15 @@ class Builder:
         self.variants: tuple[str, ...] = VARIANTS if self.calibrated and not saved else ("none",)
         parts = context.scheme.parts
         if context.data is not None and parts and all(part.activation is None for part in parts):
-            # Of weights alone the error is known without a trial: what is folded is better.
-            self.variants = ("folded",)
+            self.variants = ("folded",)  # Of weights alone the error is known without a trial.
         self.variant = self.variants[0]
         self._surveyed: ir.Model | None = None
         self._survey_steps: list[Step] = []
         self._variants: dict[str, tuple[ir.Model, list[Step], Context]] = {}
         self._changed: dict[str, bool] = {}
         self.unfollowed: list[str] = []
+        self.learns = False  # Whether candidates have learned roundings unless it is said otherwise.
+        self.fixed = saved or context.observer is not None  # Whether ranges are those that were asked for.
         self.audit: Callable[[Path, audit.Plan, Target], audit.Audit] = audit.audit
         self.keep: Callable[[str, ir.Model], MutableMapping[str, Blocks]] = lambda variant, model: {}
 
@@ -163,7 +162,7 @@ class Builder:
         return Rules(context.target, context.scheme, choices, self.refused, self.measured, calibrated=calibrated)
 
     def differs(self) -> bool:
-        """Whether the present variant is another model than the variants before it."""
+        """Whether the present variant is a model of its own."""
         self._prepare()
         if self.variant == "none":
             return any(one != "none" and self._changed[one] for one in self._changed)
@@ -177,7 +176,7 @@ class Builder:
             self._surveyed = pipeline(self.original.clone()).model
             self._survey_steps = pipeline.steps
         if self.variant not in self._variants:
-            context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={}, blocks={})
+            context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={}, fits={}, blocks={})
             model, steps = self._surveyed.clone(), self._survey_steps
             if self.variant != "none":
                 pipeline = registry.pipeline("scale")(context)
@@ -190,28 +189,27 @@ class Builder:
             self._variants[self.variant] = model, steps, context
 
     def assignment(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None) -> dict[str, str]:
-        """What `build` would quantize, and to what, without doing it.
-
-        Raises:
-            NothingQuantizedError: nothing.
-        """
+        """What `build` would quantize, and to what; NothingQuantizedError where that is nothing."""
         model = self.prepared.clone()
         registry.pipeline("assign")(self._priced(prices, scheme))(model)
         return _assignment(model)
 
-    def build(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None, learn: bool = False) -> Built:
+    def build(
+        self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None, learn: bool | None = None
+    ) -> Built:
         """A candidate whose planned kernels all appear in the runtime; what does not fuse is refused from now on.
 
         Args:
             prices: of lost accuracy.
             scheme: instead of the context's.
-            learn: whether roundings are learned.
+            learn: whether roundings are learned; None as `learns` says.
 
         Raises:
             NothingQuantizedError: no node is worth quantizing.
             AuditError: the runtime does not do what was planned, however little is.
         """
         wanted = scheme or self.context.scheme
+        learn = self.learns if learn is None else learn
         for attempt in range(_ROUNDS):
             if wanted.pipeline == "quantize":
                 model, before = self.prepared.clone(), self._variants[self.variant][1]
@@ -262,7 +260,7 @@ class Builder:
 
     @property
     def calibrated(self) -> bool:
-        """Whether there is data to fix ranges with, and a scheme that wants it."""
+        """Whether there is data to fix ranges with, and use for them."""
         return self.context.data is not None and self.context.scheme.static
 
     def learning_seconds(self) -> float:

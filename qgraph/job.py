@@ -258,7 +258,7 @@ class Job:
     def _estimates(self, builder: Builder) -> list[Estimate]:
         if not self.scheme.parts:
             return []
-        return estimates(builder.prepared, builder.rules(), builder.context.data is not None)
+        return estimates(builder.prepared, builder.rules(), builder.context.data is not None, builder.learns)
 
     def _identity(self, judge: Judge, builder: Builder) -> tuple[object, ...]:
         """All that the measurements of a search depend on."""

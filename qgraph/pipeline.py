@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from qgraph import calibration
 from qgraph.blocks import Blocks
 from qgraph.data import Dataset
+from qgraph.qparams import QParams
 from qgraph.report import Step
 from qgraph.rules import Prices, Refusals, Times
 from qgraph.spec import Mixture, Scheme
@@ -48,6 +49,7 @@ class Context:
             "explicit" with a multiplication where nothing takes the factors.
         learn: whether roundings are learned, which takes its time.
         codes: learned roundings, to be used again like `store`.
+        fits: ranges fitted to what reads them, likewise.
         blocks: learned weights in blocks, likewise.
         pack: whether ternary and binary weights are packed further on disk.
         cache: bits of the caches of keys and values; None leaves them in float.
@@ -69,9 +71,10 @@ class Context:
     choices: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     prices: Prices = dataclasses.field(default_factory=dict[tuple[str, str], float])
     store: calibration.Store | None = None
-    smoothing: str = "explicit"
+    smoothing: str = "folded"
     learn: bool = False
     codes: dict[tuple[str, bytes], NDArray[Any]] | None = None
+    fits: dict[tuple[str, tuple[str, ...]], QParams] | None = None
     blocks: MutableMapping[str, Blocks] | None = None
     deadline: float | None = None
     pack: bool = False

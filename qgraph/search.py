@@ -25,16 +25,13 @@ from qgraph.trials import Trial, Trials
 
 __all__ = ["Search"]
 
-_STEPS = 12
-_MATTER = 8
-_MARGIN = 0.9
+_STEPS, _MATTER, _MARGIN = 12, 8, 0.9
 _KEPT = 3
-_LEARNING = 0.3
-_MEASURING = 0.4
+_NEAR = 0.97  # Of the time saved: who saves that much is as fast, as far as a clock can tell.
+_LEARNING, _MEASURING = 0.5, 0.4
 _WORTH = 0.8
 _LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
-_HOPELESS = 2.5
-"""Times the allowed loss that learned roundings will not make up for: they gain 1 to 2 dB where they gain."""
+_HOPELESS = 4.0  # Times the allowed loss that learned roundings will not make up for: they gain up to 5 dB.
 FLOAT = "fp32"
 FLOAT_SCHEME = Mixture(FLOAT, (), "float")
 
@@ -74,6 +71,7 @@ class Search:
         self.built: dict[str, Built] = {}
         self.noises = Noises(builder, judge, estimate, trials, progress)
         self._saved = builder.savings()
+        self._tariff = pricing.Tariff(builder.assignment, self.noises.values, self._sum)
         for trial in trials.trials.values():
             # What an earlier search knew of times is not known here.
             trial.saved, trial.speed = self._sum(trial.assignment), {}
@@ -84,17 +82,16 @@ class Search:
         self._bits = bits
         self._forced: dict[tuple[str, str], float] | None = None
 
-    # -- what a caller wants to know --------------------------------------------------------------------------------
-
     def within(self) -> list[str]:
         """Digests of the trials within the budget, fastest by estimate first."""
-        trials = self.trials.trials
-        good = [(k, t) for k, t in trials.items() if t.within or (self._unlimited and not t.failed)]
+        good = [(k, t) for k, t in self.trials.trials.items() if t.within or (self._unlimited and not t.failed)]
         if self._bits is not None:
             # The float graph is within any budget of accuracy, and not within this size.
             good = [(key, trial) for key, trial in good if trial.assignment]
-        # Variants of one assignment save the same: then the more faithful one goes first.
-        return [key for key, _ in sorted(good, key=lambda one: (-round(one[1].saved, 9), one[1].strain, one[0]))]
+        # Of what no clock tells apart, variants of one assignment among it, the more faithful one goes first.
+        near = _NEAR * max((trial.saved for _, trial in good), default=0.0)
+        rank = {key: math.inf if 0 < near <= trial.saved else round(trial.saved, 9) for key, trial in good}
+        return [key for key, _ in sorted(good, key=lambda one: (-rank[one[0]], one[1].strain, one[0]))]
 
     def get(self, key: str) -> Built:
         """The files of a trial, built again if they are gone or were never here."""
@@ -117,19 +114,17 @@ class Search:
     def _sum(self, assignment: Mapping[str, str]) -> float:
         return sum(self._saved.get(pair, 0.0) for pair in assignment.items())
 
-    # -- the search -------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Try assignments until the budget is met as closely as pays, or the time is up."""
         self._try_float()
         if self._bits is not None:
             self._forced = self._sized(self._bits)
         first = self._first()
-        if first is None or self._bits is not None:
-            if first is not None and not self._late():
-                self._learn(first)
+        if first is not None and self._bits is None:
+            first = self._finer(first)
+        if first is None or self._late() or self._learn(first):
             return
-        if first.within or self._unlimited or self._late() or self._learn(first):
+        if self._bits is not None or first.within or self._unlimited:
             return
         # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
@@ -183,32 +178,45 @@ class Search:
             self._judge(key, FLOAT, {}, self.built[key])
         return self.trials.trials[key]
 
+    def _finer(self, first: Trial) -> Trial:
+        """The most faithful assignment that is as fast as the fastest, as far as a clock could tell."""
+        if self._late() or first.saved <= 0.0 or not self.builder.calibrated or self.builder.fixed:
+            return first
+        unit = first.saved / max(total(self.noises.values(), first.assignment), 1e-30)
+        price = pricing.highest(_NEAR * first.saved, unit, self._tariff.saved_at)
+        trial = None if price is None else self._try(price, "finer")
+        return first if trial is None or trial.strain >= first.strain else trial
+
     def _learn(self, first: Trial) -> bool:
-        """Try the fastest with ranges and roundings that are learned, where that takes little of the time left."""
-        seconds = self.builder.learning_seconds()
-        if not 0 < seconds < _LEARNING * self._limit or first.strain > _HOPELESS:
+        """Try the fastest with learned roundings where there is time: all that is left if the fastest is within."""
+        done = first.within or self._unlimited
+        seconds, left = self.builder.learning_seconds(), self.deadline - time.monotonic()
+        if (self.builder.fixed if done else first.strain > _HOPELESS) or seconds <= 0:
             return False
+        if seconds >= (left if done else _LEARNING * self._limit):
+            return False
+        self.builder.learns = True
         key = self._key(first.assignment, learned=True)
         if key not in self.trials.trials:
             self.progress("learning roundings", 0, 0)
             try:
-                built = self.builder.build(self._forced or self._prices(0.0), learn=True)
+                prices = self._forced or pricing.only(first.assignment, self._saved)
+                built = self.builder.build(prices, learn=True)
             except (QuantizationError, AuditError, ExecutionError):
+                self.builder.learns = False
                 return False
             self._judge(key, f"{first.name}, learned", built.assignment, built, learned=True)
         return self.trials.trials[key].within
 
-    def _prices(self, price: float) -> dict[tuple[str, str], float]:
-        return {key: price * noise for key, noise in self.noises.values().items()} if price else {}
-
     def _try(self, price: float, name: str, forced: dict[tuple[str, str], float] | None = None) -> Trial | None:
         """Build and judge the best assignment at a price, unless it was tried; None when it quantizes nothing."""
-        prices = self._prices(price) if forced is None else forced
+        prices = self._tariff.prices(price) if forced is None else forced
         try:
             assignment = self.builder.assignment(prices)
         except NothingQuantizedError:
             return None
-        key = self._key(assignment)
+        learned = self.builder.learns
+        key = self._key(assignment, learned)
         if key in self.trials.trials:
             return self.trials.trials[key]
         start = time.monotonic()
@@ -222,11 +230,10 @@ class Search:
             self.trials.add(key, trial)
             return trial
         # The audit may have taken nodes out.
-        key = self._key(built.assignment)
-        if key in self.trials.trials:
+        if (key := self._key(built.assignment, learned)) in self.trials.trials:
             built.staged.discard()
         else:
-            self._judge(key, name, built.assignment, built)
+            self._judge(key, name, built.assignment, built, learned)
         self._longest = max(self._longest, time.monotonic() - start)
         return self.trials.trials[key]
 
@@ -235,8 +242,7 @@ class Search:
             verdict = self.judge.judge(built.runnable)
         except (DataError, ExecutionError) as error:
             if not assignment:
-                # Where even the float graph cannot be judged, nothing can.
-                raise
+                raise  # Where even the float graph cannot be judged, nothing can.
             built.staged.discard()
             failed = Trial(self.trials.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
             self.trials.add(key, failed)
@@ -258,13 +264,6 @@ class Search:
         for key in [key for key in self.built if key not in keep]:
             self.built.pop(key).staged.discard()
 
-    def _noise_at(self, price: float) -> float:
-        """By estimate, of the best assignment at a price."""
-        try:
-            return total(self.noises.values(), self.builder.assignment(self._prices(price)))
-        except NothingQuantizedError:
-            return 0.0
-
     def _narrow(self, first: Trial) -> None:
         """Bisect the price between the last that is outside the budget and the first that is within."""
         noises = self.noises.values()
@@ -272,11 +271,11 @@ class Search:
         saving = sum(max(self._saved[pair], 0.0) for pair in first.assignment.items() if pair in self._saved)
         unit = max(saving, 1e-9) / max(total(noises, first.assignment), 1e-30)
         aim = total(noises, first.assignment) / max(first.strain, 1.0) * _MARGIN
-        tried: set[str] = {self._key(first.assignment)}
+        tried: set[str] = {self._key(first.assignment, self.builder.learns)}
         for step in range(_STEPS):
             if self._late():
                 return
-            price = pricing.between(aim, fails, holds, unit, self._noise_at)
+            price = pricing.between(aim, fails, holds, unit, self._tariff.noise_at)
             if price is None:
                 return
             trial = self._try(price, f"mixed {step + 1}")
@@ -284,7 +283,7 @@ class Search:
                 holds = price
                 aim = math.inf
             else:
-                key = self._key(trial.assignment)
+                key = self._key(trial.assignment, trial.learned)
                 noise = total(noises, trial.assignment)
                 if trial.within:
                     holds = price

@@ -274,7 +274,8 @@ def test_same_bytes_for_any_memory_budget(model_kit, model_free_cpu, cnn, tmp_pa
     feeds = model_kit.feeds(cnn, 6)
     results = []
     for memory in (1, 60_000, 1 << 28):
-        options = dataclasses.replace(QUIET, memory=memory)
+        # Roundings are learned where their moments fit into the memory, and else not; here they are not.
+        options = dataclasses.replace(QUIET, memory=memory, time_limit=0)
         qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out", data=feeds, options=options)
         results.append((tmp_path / "out").read_bytes())
     assert results[0] == results[1] == results[2]

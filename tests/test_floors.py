@@ -28,6 +28,7 @@ FLOORS = [
         "islands",
         "rebalance",
         "balance",
+        "apart",
         "division",
         "mixing",
         "pricing",

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from qgraph import audit, registry
+from qgraph.data import inputs_of, load
 from qgraph.pipeline import Context
 
 DYNAMIC = "int8-dynamic"
@@ -53,6 +54,27 @@ def test_matmul_has_the_numbers_of_its_definition(model_kit, written):
         found = model_kit.run(model, feed)["y"]
         expected = dynamic(feed["x"].reshape(-1, 32), weight, model_kit.tensors(model)).reshape(5, 3, 24)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("text, shape", [("MatMul (x, W)", (32, 24)), ("Gemm <transB = 1> (x, W)", (24, 32))])
+def test_learned_codes_are_those_that_are_written(model_kit, text, shape):
+    """The bias is corrected for them, so that others would be worse than none."""
+    model = model_kit.text(f"g (float[40, 32] x) => (float[40, 24] y) {{ y = {text} }}", W=model_kit.normal(*shape))
+    rng = np.random.default_rng(0)
+    low = rng.standard_normal((3, 32))
+    rows = [rng.standard_normal((40, 3)) @ low + 0.03 * rng.standard_normal((40, 32)) for _ in range(8)]
+    data = load([{"x": row.astype(np.float32)} for row in rows], inputs_of(model))
+    target = model_kit.free()
+    found = {}
+    for learn in (False, True):
+        after = model.clone()
+        context = Context(target, target.scheme(DYNAMIC), data, learn=learn)
+        registry.pipeline("quantize")(context)(after)
+        noise = [model_kit.run(after, b.feeds)["y"] - model_kit.run(model, b.feeds)["y"] for b in data]
+        found[learn] = float(np.square(noise, dtype=np.float64).sum())
+        codes = next(array for array in model_kit.tensors(after).values() if array.dtype == np.int8)
+        assert codes.shape == (32, 24)
+    assert found[True] < 0.8 * found[False]
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24)])

@@ -52,7 +52,8 @@ class Builder:
 
     def __init__(self, saved, refused=(), broken=()):
         self.saved, self.refused, self.broken = saved, set(refused), set(broken)
-        self.calls, self.learned, self.learning = [], 0, 0.0
+        self.calls, self.learned, self.learning, self.learns = [], 0, 0.0, False
+        self.fixed = False
         self.variants, self.variant, self.calibrated = ("none",), "none", False
 
     def layers(self):
@@ -75,7 +76,8 @@ class Builder:
             raise NothingQuantizedError("nothing pays")
         return found
 
-    def build(self, prices=None, scheme=None, learn=False):
+    def build(self, prices=None, scheme=None, learn=None):
+        learn = self.learns if learn is None else learn
         self.calls.append(dict(prices or {}))
         self.learned += learn
         if scheme is not None:
@@ -158,7 +160,8 @@ def test_finds_about_the_best_that_prices_can_find(pairs, share):
         return
     # What is dearer by a fifth than the one that does not fit is for certain in it.
     dear = [gain for price, gain in prices if price > 1.2 * saved[key] / noise[key]]
-    assert found.saved >= (dear[-1] if dear else 0.0) * (1 - 1e-9)
+    # Of what saves nearly as much, which no clock tells apart, the more faithful one is the best.
+    assert found.saved >= (dear[-1] if dear else 0.0) * 0.97
 
 
 @given(NODES, st.floats(0.01, 1.5), st.integers(0, 100))
@@ -312,13 +315,27 @@ def test_learning_makes_the_fastest_fit():
 def test_learning_that_does_not_suffice_leaves_the_search_to_go_on():
     saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-2)])
     search, builder, _ = searched(saved, noise, 8e-3, learning=1.0)
-    assert best_of(search).assignment == {"n0": "int8"} and builder.learned == 1
+    assert best_of(search).assignment == {"n0": "int8"}
+    # What fits is judged with learned roundings, since it will have them.
+    tried = [trial for trial in search.trials.trials.values() if trial.name.startswith("mixed")]
+    assert tried and all(trial.learned for trial in tried) and builder.learned > 1
     assert all(trial.within for trial in map(search.trials.trials.get, search.within()))
 
 
-def test_nothing_is_learned_where_there_is_no_time_or_no_need():
+def test_what_fits_at_once_is_learned_with_the_time_that_is_left():
     saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-2)])
-    for more in ({"limit": 9e-3, "learning": 0.0}, {"limit": 1.0, "learning": 1.0},
+    search, builder, _ = searched(saved, noise, 1.0, learning=50.0, deadline=time.monotonic() + 100)
+    assert best_of(search).name == "fastest, learned" and builder.learned == 1
+    asked, _, _ = searched(saved, noise, 1.0, learning=50.0, deadline=time.monotonic() + 100, run=False)
+    asked.builder.fixed = True
+    asked.run()
+    assert best_of(asked).name == "fastest", "ranges that were asked for are not chosen anew for nothing"
+
+
+def test_nothing_is_learned_where_there_is_no_time():
+    saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-2)])
+    for more in ({"limit": 9e-3, "learning": 0.0},
+                 {"limit": 1.0, "learning": 100.0, "deadline": time.monotonic() + 50},
                  {"limit": 9e-3, "learning": 100.0, "deadline": time.monotonic() + 10}):  # fmt: skip
         _, builder, _ = searched(saved, noise, **more)
         assert builder.learned == 0, more
@@ -475,7 +492,8 @@ def test_an_execution_error_of_one_candidate_does_not_end_the_search():
     saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-2)])
 
     class Broken(Builder):
-        def build(self, prices=None, scheme=None, learn=False):
+        def build(self, prices=None, scheme=None, learn=None):
+            learn = self.learns if learn is None else learn
             if scheme is None:
                 raise ExecutionError("it cannot be loaded")
             return super().build(prices, scheme, learn)

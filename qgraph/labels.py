@@ -12,6 +12,7 @@ _MEANINGS = (
     (r"^fastest", "fastest", "each node as is fastest by the target's costs, whatever that loses"),
     (r"^all layers", "all layers", "every layer with weights quantized, though by the costs none pays"),
     (r"^[\d.]+ bits", "bits", "each weight in what loses least within so many bits on average"),
+    (r"^finer", "finer", "as fast as the fastest, as far as a clock could tell, and of such the one that loses least"),
     (r"^mixed", "mixed", "between the fastest and float: nodes that lose much for what they save are in float, or in "
      "another scheme; the number is the step of the search"),
     (r", folded", "folded", "range is moved between channels where that costs nothing at run time"),

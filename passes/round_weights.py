@@ -92,6 +92,8 @@ class RoundWeights(ir.passes.InPlacePass):
             source, weight = (node.inputs[0], node.inputs[1]) if WEIGHT in node.meta else (None, None)
             if source is None or weight is None or (INPUT not in node.meta and CHANNELS not in node.meta):
                 continue
+            if not _sums(node):
+                continue
             if (known := self.store.get(_identity(node))) is not None:
                 node.meta[CODES] = known
                 continue
@@ -130,6 +132,12 @@ class RoundWeights(ir.passes.InPlacePass):
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress("rounding", done, total)
+
+
+def _sums(node: ir.Node) -> bool:
+    """Whether the weight multiplies sums over inputs: a norm's gain has codes, too, and nothing to round together."""
+    rank = len(graph.run_shape(node.inputs[1]) or ())
+    return graph.is_standard(node, "Conv") if rank > 2 else rank == 2 and graph.is_standard(node, "MatMul", "Gemm")
 
 
 def _identity(node: ir.Node) -> tuple[str, bytes]:

@@ -6,7 +6,7 @@ from qgraph.passes import pipelines
 from qgraph.passes.calibrate_weights import WEIGHT
 from qgraph.passes.round_weights import CODES, RoundWeights
 
-from qgraph import passes
+from qgraph import passes, registry
 from qgraph.calibration import STATISTICS
 from qgraph.data import inputs_of, load
 from qgraph.pipeline import Context
@@ -157,3 +157,19 @@ def test_seven_bits_stay_seven_bits(model_kit):
 def test_nothing_to_round(model_kit):
     model = model_kit.text("g (float[2, 4] x) => (float[2, 4] y) { y = Erf (x) }")
     assert not RoundWeights(load(model_kit.feeds(model), inputs_of(model)))(model).modified
+
+
+def test_gains_with_codes_are_not_rounded_together(model_kit):
+    """On targets that take whole graphs in integers a norm has a weight and ranges like a layer."""
+    text = """g (float[8, 32] x) => (float[8, 16] y) {
+        n = LayerNormalization (x, gain, offset) y = MatMul (n, W) }"""
+    gain, offset = 1 + 0.1 * model_kit.normal(32), model_kit.normal(32, seed=1)
+    model = model_kit.text(text, gain=gain, offset=offset, W=model_kit.normal(32, 16))
+    feeds = [{"x": model_kit.normal(8, 32, seed=i)} for i in range(8)]
+    target = registry.target("qnn")
+    context = Context(target, target.scheme("int8"), load(feeds, inputs_of(model)), learn=True)
+    after = registry.pipeline("quantize")(context)(model.clone()).model
+    assert {"QuantizeLinear", "LayerNormalization", "MatMul"} <= {node.op_type for node in after.graph}
+    for feed in feeds:
+        exact, found = model_kit.run(model, feed)["y"], model_kit.run(after, feed)["y"]
+        assert np.square(found - exact).sum() < 1e-2 * np.square(exact).sum()

@@ -119,12 +119,13 @@ class Search:
         self._try_float()
         if self._bits is not None:
             self._forced = self._sized(self._bits)
-        first = self._first()
-        if first is not None and self._bits is None:
-            first = self._finer(first)
-        if first is None or self._late() or self._learn(first):
+        fastest = self._first()
+        if fastest is None:
             return
-        if self._bits is not None or first.within or self._unlimited:
+        first = fastest if self._bits is not None else self._finer(fastest)
+        if self._late() or self._learn(first) or self._bits is not None or first.within or self._unlimited:
+            if first is not fastest and not self._late():
+                self._learn(fastest)  # The clock may tell them apart after all.
             return
         # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING

@@ -246,8 +246,9 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
         data = (context.data, context.folder, context.budget)
         calibrate = Calibrate(*data, context.ranges, context.save_ranges, context.progress, context.store)
         exact = [Portable()] if context.target.rounds_apart else []
-        # Ranges that somebody asked for are not chosen anew.
-        asked = context.scheme.torch or context.observer is not None or context.ranges is not None
+        # Ranges that somebody asked for are not chosen anew; what is saved gives the same file when it is given back.
+        saved = context.ranges is not None or context.save_ranges is not None
+        asked = context.scheme.torch or context.observer is not None or saved
         fit = [] if asked and not learned else [FitRanges(store=context.fits)]
         observe = [InsertObservers(context.observer), calibrate, *fit, *exact]
         learn = [RoundWeights(*data, context.progress, context.codes)] if learned else []

@@ -18,7 +18,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
+import networkx
 import numpy as np
 import onnx_ir as ir
 from qgraph.passes.annotate import GROUP
@@ -87,7 +89,7 @@ class Portable(ir.passes.InPlacePass):
         planned = [node for node in model.graph if _is_planned(node, scales)]
         sums = [node for node in planned if graph.is_standard(node, "Add")]
         self.refused = {}
-        for nodes in _connected(sums, scales):
+        for nodes in _connected(sums):
             reason = _settle_sums(nodes, scales)
             self.refused.update({graph.label(node): reason for node in nodes} if reason else {})
         for node in planned:
@@ -155,23 +157,14 @@ def _keys(node: ir.Node) -> list[str]:
     return [_Scales.key(value) for value in (*node.inputs, _result(node)) if value is not None]
 
 
-def _connected(sums: list[ir.Node], scales: _Scales) -> list[list[ir.Node]]:
+def _connected(sums: list[ir.Node]) -> list[list[ir.Node]]:
     """Sums that share groups, together."""
-    root = {key: key for key in scales.params}
-
-    def find(key: str) -> str:
-        while root[key] != key:
-            root[key] = root[root[key]]
-            key = root[key]
-        return key
-
+    groups: Any = networkx.utils.UnionFind()
     for node in sums:
-        first, *others = (find(key) for key in _keys(node))
-        for other in others:
-            root[find(other)] = find(first)
+        groups.union(*_keys(node))
     found: dict[str, list[ir.Node]] = {}
     for node in sums:
-        found.setdefault(find(_keys(node)[0]), []).append(node)
+        found.setdefault(groups[_keys(node)[0]], []).append(node)
     return list(found.values())
 
 

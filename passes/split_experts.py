@@ -40,6 +40,7 @@ class SplitExperts(ir.passes.InPlacePass):
     Args:
         target: knows the kernels and costs.
         scheme: the number formats in question.
+        keep_float: patterns of nodes that stay whole and in float.
         choices: pattern -> scheme or "float", see `Rules`.
 
     Attributes:

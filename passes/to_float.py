@@ -251,19 +251,14 @@ class _Rewriting:
         return self.made[value, kind]
 
     def _cast(self, value: ir.Value, kind: ir.DataType, base: str | None) -> ir.Value:
-        home, maker = value.graph, value.producer()
+        home = value.graph
         assert isinstance(home, ir.Graph)
         name = graph.fresh_name(f"{base}_Cast", self.names)
         node = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(kind))], name=name)
         result = node.outputs[0]
         result.name = graph.fresh_name(f"{name}_output", self.names)
         result.type, result.shape = ir.TensorType(kind), value.shape
-        if maker is not None:
-            home.insert_after(maker, node)
-        elif len(home):
-            home.insert_before(home[0], node)
-        else:
-            home.append(node)
+        graph.insert_behind(home, value.producer(), node)
         return result
 
     def _end(self, position: int, value: ir.Value, kind: ir.DataType) -> None:

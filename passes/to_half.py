@@ -262,12 +262,7 @@ class _Rewriting:
         result = node.outputs[0]
         result.name = graph.fresh_name(f"{name}_output", self.names)
         result.type, result.shape = ir.TensorType(kind), like.shape
-        if after is not None:
-            home.insert_after(after, node)
-        elif len(home):
-            home.insert_before(home[0], node)
-        else:
-            home.append(node)
+        graph.insert_behind(home, after, node)
         return result
 
     def _keep_output(self, position: int, value: ir.Value) -> None:

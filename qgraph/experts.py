@@ -13,7 +13,7 @@ import math
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, widened
 
 __all__ = ["PUT_BACK", "Experts", "find", "table"]
 
@@ -67,16 +67,7 @@ class Experts:
         assert tensor is not None, "the table is a constant"
         size = math.prod(self.shape) * tensor.nbytes // max(1, tensor.size)
         if isinstance(tensor, ir.ExternalTensor):
-            place = (tensor.offset or 0) + number * size
-            return ir.ExternalTensor(
-                tensor.location,
-                place,
-                size,
-                tensor.dtype,
-                shape=ir.Shape(self.shape),
-                name=str(tensor.name),
-                base_dir=tensor.base_dir,
-            )
+            return widened.window(tensor, number * size, size, ir.Shape(self.shape), str(tensor.name))
 
         def window() -> ir.TensorProtocol:
             return ir.Tensor(tensor.numpy().reshape(-1, *self.shape)[number], name=tensor.name)

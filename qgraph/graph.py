@@ -160,6 +160,16 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
+def insert_behind(graph: ir.Graph, maker: ir.Node | None, node: ir.Node) -> None:
+    """Put `node` right behind what makes its input; first of all where that is an input or a constant of `graph`."""
+    if maker is not None:
+        graph.insert_after(maker, node)
+    elif len(graph):
+        graph.insert_before(graph[0], node)
+    else:
+        graph.append(node)
+
+
 def drop_cast(node: ir.Node) -> bool:
     """Take a Cast to the type that its input has away; not where the two are outputs, or inputs, of a graph."""
     source, result, home = node.inputs[0], node.outputs[0], node.graph

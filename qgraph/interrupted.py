@@ -30,6 +30,8 @@ def told(state: str | Path | None) -> Generator[None]:
             names = ", ".join(str(path) for path in after)
             kept = f"{words} but what was measured and learned, in {names}, from which the next run goes on."
             raise click.ClickException(kept) from None
+        if after:
+            raise click.ClickException(f"{words}. What was kept before is still there, in {state}.") from None
         raise click.ClickException(f"{words}, and nothing was measured yet that could be kept in {state}.") from None
 
 

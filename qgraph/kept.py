@@ -105,7 +105,10 @@ class Kept(MutableMapping[str, Blocks]):
         self._known[name] = _mapped(self._place(name), blocks.bits, blocks.inner)
 
     def __delitem__(self, name: str) -> None:
-        del self[name]
+        if name not in self:
+            raise KeyError(name)
+        del self._known[name]
+        shutil.rmtree(self._place(name), ignore_errors=True)
 
     def __contains__(self, name: object) -> bool:
         with contextlib.suppress(KeyError):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, widened
 from qgraph.widened import Widened
 
 __all__ = ["narrow", "narrowed"]
@@ -45,10 +45,7 @@ def narrow(model: ir.Model) -> list[ir.Node]:
         del home.initializers[name]
         result.name = name
         home.register_initializer(stored)
-        if len(home):
-            home.insert_before(home[0], cast)
-        else:
-            home.append(cast)
+        graph.insert_behind(home, None, cast)
         made.append(cast)
     return made
 
@@ -72,13 +69,5 @@ def _views(model: ir.Model) -> Iterator[tuple[ir.Graph, ir.Value, Widened]]:
 def _renamed(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """The same tensor under another name; others hold `tensor` under its own."""
     if isinstance(tensor, ir.ExternalTensor):
-        return ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=name,
-            base_dir=tensor.base_dir,
-        )
+        return widened.window(tensor, 0, tensor.length, tensor.shape, name)
     return ir.LazyTensor(lambda: tensor, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=name)

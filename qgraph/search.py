@@ -21,13 +21,12 @@ from qgraph.judge import Judge
 from qgraph.noises import Noises
 from qgraph.sensitivity import Estimate, total
 from qgraph.spec import Mixture
-from qgraph.trials import Trial, Trials
+from qgraph.trials import NEAR, Trial, Trials
 
 __all__ = ["Search"]
 
 _STEPS, _MATTER, _MARGIN = 12, 8, 0.9
 _KEPT = 3
-_NEAR = 0.97  # Of the time saved: who saves that much is as fast, as far as a clock can tell.
 _LEARNING, _MEASURING = 0.5, 0.4
 _WORTH = 0.8
 _LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
@@ -89,8 +88,8 @@ class Search:
             # The float graph is within any budget of accuracy, and not within this size.
             good = [(key, trial) for key, trial in good if trial.assignment]
         # Of what no clock tells apart, variants of one assignment among it, the more faithful one goes first.
-        near = _NEAR * max((trial.saved for _, trial in good), default=0.0)
-        rank = {key: math.inf if 0 < near <= trial.saved else round(trial.saved, 9) for key, trial in good}
+        best = max((trial for _, trial in good), key=lambda trial: trial.saved, default=None)
+        rank = {key: math.inf if best and trial.rivals(best) else round(trial.saved, 9) for key, trial in good}
         return [key for key, _ in sorted(good, key=lambda one: (-rank[one[0]], one[1].strain, one[0]))]
 
     def get(self, key: str) -> Built:
@@ -184,9 +183,9 @@ class Search:
         if self._late() or first.saved <= 0.0 or not self.builder.calibrated or self.builder.fixed:
             return first
         unit = first.saved / max(total(self.noises.values(), first.assignment), 1e-30)
-        price = pricing.highest(_NEAR * first.saved, unit, self._tariff.saved_at)
+        price = pricing.highest(NEAR * first.saved, unit, self._tariff.saved_at)
         trial = None if price is None else self._try(price, "finer")
-        return first if trial is None or trial.strain >= first.strain else trial
+        return trial if trial is not None and trial.rivals(first) and trial.strain < first.strain else first
 
     def _learn(self, first: Trial) -> bool:
         """Try the fastest with learned roundings where there is time: all that is left if the fastest is within."""

@@ -13,7 +13,12 @@ from qgraph.errors import DataError, ModelError, first_line
 from qgraph.report import Budget, Candidate
 from qgraph.words import decibels
 
-__all__ = ["Trial", "Trials"]
+__all__ = ["NEAR", "Trial", "Trials"]
+
+NEAR = 0.97
+"""Of the time saved: what saves that much is as fast, as far as a clock can tell."""
+_LARGER = 1.25
+"""Times the size of the fastest, from which being as fast is no longer enough."""
 
 _VERSION = 1
 _SHOWN = 4
@@ -56,6 +61,10 @@ class Trial:
     def within(self) -> bool:
         """Whether it is inside the budget."""
         return not self.failed and self.strain <= 1.0
+
+    def rivals(self, fastest: Trial) -> bool:
+        """Whether it is about as fast and as small, by estimate: then it is better if it loses less."""
+        return 0 < NEAR * fastest.saved <= self.saved and self.disk <= _LARGER * fastest.disk
 
     @property
     def slowest(self) -> float:

@@ -10,13 +10,15 @@ import contextlib
 import numpy as np
 import onnx_ir as ir
 
-__all__ = ["HALVES", "Widened", "brains", "release", "source", "widened"]
+__all__ = ["HALVES", "Widened", "brains", "release", "source", "widened", "window"]
 
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 """The float types of 16 bits."""
 
 _SMALL = 1024
+"""Numbers of more than one dimension from which a tensor is only widened when it is read."""
 _LONG = 1 << 20
+"""Of one dimension: rows of numbers, which passes compute with at once."""
 
 
 class Widened(ir.LazyTensor):
@@ -67,6 +69,19 @@ def brains(model: ir.Model) -> bool:
 def source(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """Where the numbers of `tensor` are stored: what it is a view of, or itself."""
     return tensor.source if isinstance(tensor, Widened) else tensor
+
+
+def window(tensor: ir.ExternalTensor, start: int, length: int | None, shape: ir.Shape, name: str) -> ir.ExternalTensor:
+    """`length` bytes of what `tensor` is in its file, from its byte `start` on, as a tensor of its own."""
+    return ir.ExternalTensor(
+        tensor.location,
+        (tensor.offset or 0) + start,
+        length,
+        tensor.dtype,
+        shape=shape,
+        name=name,
+        base_dir=tensor.base_dir,
+    )
 
 
 def release(tensor: ir.TensorProtocol | None) -> None:

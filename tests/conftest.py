@@ -226,3 +226,28 @@ def tiny_chain():
         return ir.from_onnx_text(text, initializers=[ir.tensor(array, name=name) for name, array in weights.items()])
 
     return build
+
+
+_NET = """g (float[n, 16] x) => (float[n, 4] y) {
+    h = Gemm (x, A)
+    r = Relu (h)
+    y = Gemm (r, B)
+}"""
+
+
+@pytest.fixture
+def net(model_kit):
+    """A small network with named nodes."""
+    model = model_kit.text(_NET, A=model_kit.normal(16, 32), B=model_kit.normal(32, 4))
+    for node in model.graph:
+        node.name = f"/{node.outputs[0].name}"
+    return model
+
+
+@pytest.fixture
+def work(net, model_kit, tmp_path, monkeypatch):
+    """The present folder, with that network in `m.onnx` and data for it in `d.npz`."""
+    monkeypatch.chdir(tmp_path)
+    ir.save(net, "m.onnx")
+    np.savez("d.npz", x=model_kit.normal(12, 16, seed=1))
+    return tmp_path

@@ -10,6 +10,7 @@ from qgraph.passes.fit_ranges import FitRanges
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.survey import Survey
 
+import qgraph
 from qgraph import passes, pricing, sensitivity
 from qgraph.apart import APART, LEAST, Apart
 from qgraph.calibration import CHANNELS
@@ -60,14 +61,12 @@ def test_halves_are_of_different_samples_and_together_all_the_data(surveyed):
     assert half.share == len(half.rows) / (8 * 32)
 
 
-@given(st.permutations(range(16)))
-def test_the_order_of_the_data_changes_no_half(order):
+@given(order=st.permutations(range(16)))
+def test_the_order_of_the_data_changes_no_half(model_kit, order):
     feeds = samples(16, 0)
-    from tests.conftest import ModelKit
-
     found = []
     for one in (feeds, [feeds[i] for i in order]):
-        model = ModelKit.text(TEXT, g=np.ones(WIDTH, np.float32), W=ModelKit.normal(WIDTH, 16))
+        model = model_kit.text(TEXT, g=np.ones(WIDTH, np.float32), W=model_kit.normal(WIDTH, 16))
         common.ShapeInferencePass()(model)
         Survey(load(one, inputs_of(model)))(model)
         half = product(model).meta[APART]
@@ -160,3 +159,16 @@ def test_the_highest_price_keeps_what_must_be_saved(pairs, share):
     price = pricing.highest(share * everything, everything / sum(noise.values()), tariff.saved_at)
     assert price is None or tariff.saved_at(price) >= share * everything
     assert price is None or tariff.noise_at(price) <= tariff.noise_at(0.0)
+
+
+def test_ranges_that_are_saved_give_the_same_file_when_given_back(model_kit, model_free_cpu, tmp_path):
+    """The data has enough rows in each half that ranges would be fitted to them."""
+    model = model_kit.text(
+        f"g (float[1, 32, {WIDTH}] x) => (float[1, 32, 64] y) {{ y = MatMul (x, W) }}", W=model_kit.normal(WIDTH, 64)
+    )
+    job = {"data": samples(16, 0), "scheme": "int8", "bench_seconds": 0, "force": True}
+    qgraph.optimize(model, tmp_path / "a", save_ranges=tmp_path / "ranges.npz", **job)
+    qgraph.optimize(model, tmp_path / "b", ranges=tmp_path / "ranges.npz", **job)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    qgraph.optimize(model, tmp_path / "c", **job)
+    assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()

@@ -60,6 +60,11 @@ def test_what_is_kept_comes_back_mapped(tmp_path, zero):
         same(one["one"], blocks(1, zero))
         assert isinstance(one["one"].codes.base, np.memmap), "in no one's memory"
     assert list(again) == ["one"] and "two" not in again
+    again["two"] = blocks(1, zero)
+    del again["two"]
+    assert list(store) == ["one"]
+    with pytest.raises(KeyError):
+        del again["two"]
     again["one"] = blocks(2, zero)
     same(Kept(tmp_path / "s.codes" / "folded", KEY)["one"], blocks(2, zero))
 

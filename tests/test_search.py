@@ -332,6 +332,17 @@ def test_what_fits_at_once_is_learned_with_the_time_that_is_left():
     assert best_of(asked).name == "fastest", "ranges that were asked for are not chosen anew for nothing"
 
 
+def test_what_is_about_as_fast_and_as_small_goes_first_if_it_loses_less():
+    def trial(saved, strain, disk):
+        return Trial("", {"n0": "int8"}, 0.0, strain, 0.0, saved, disk)
+
+    tried = {"fast": trial(1.0, 0.9, 100), "fine": trial(0.98, 0.1, 120), "large": trial(0.99, 0.2, 130)}
+    search, _, _ = searched(*nodes_of([(1.0, 1e-3)]), 1.0, run=False)
+    for key, one in {**tried, "slow": trial(0.9, 0.0, 50)}.items():
+        search.trials.add(key, one)
+    assert search.within() == ["fine", "fast", "large", "slow"]
+
+
 def test_nothing_is_learned_where_there_is_no_time():
     saved, noise = nodes_of([(1.0, 1e-3), (2.0, 1e-2)])
     for more in ({"limit": 9e-3, "learning": 0.0},

@@ -35,8 +35,7 @@ from qgraph.errors import QGraphError
 from qgraph.session import SessionOptions
 
 BLOCK = 128
-ROUTED = 2
-"""Experts that each token of a whole layer goes to."""
+ROUTED = 2  # Experts that each token of a whole layer goes to.
 _HEADER = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>'
 _CALL = "com.microsoft.MatMulNBits <K = {k}, N = {n}, bits = {bits}, block_size = {block}, accuracy_level = 4>"
 
@@ -81,19 +80,18 @@ class Table:
 
 
 Weights = Callable[[], dict[str, Any]]
-Form = tuple[str, str, Weights]
-"""Name, body of the graph, weights."""
+Form = tuple[str, str, Weights]  # Name, body of the graph, weights.
 
 
 def _names(prefix: str, count: int) -> str:
     return ", ".join(f"{prefix}{e}" for e in range(count))
 
 
+# Rows x0 of experts i, those of an expert together, how many each has, and the way back.
 _SORT = (
     "n = Shape (i) u, order = TopK <axis = 0, largest = 0> (i, n) v, back = TopK <axis = 0, largest = 0> (order, n) "
     "z = Gather (x0, order) hot = OneHot <axis = -1> (i, depth, values) counts = ReduceSum <keepdims = 0> (hot, first)"
 )
-"""Rows x0 of experts i, those of an expert together, how many each has, and the way back."""
 
 
 def _sorted(t: Table) -> dict[str, NDArray[Any]]:
@@ -273,17 +271,16 @@ def main(
     """Print a line for each form."""
     print("kind      E     K=N  bits    T  threads  form            ms   gain (range)          difference")
     for kind, count, size, bits, rows in itertools.product(only or KINDS, experts, sizes, widths, counts):
-        copies = (rows if kind == "gathered" else ROUTED * rows if kind == "block" else count) * size**2 * 4
-        if max(copies, count * size**2 * 4) > largest * 1e9:
+        copies = rows if kind == "gathered" else ROUTED * rows if kind == "block" else count
+        if max(copies, count) * size**2 * 4 > largest * 1e9:
             continue
         inputs, feeds, forms = KINDS[kind](Table(count, size, size, bits), rows)
         with tempfile.TemporaryDirectory() as folder:
             plain = _save(inputs, next(forms), Path(folder))
-            for form in forms:
-                for number in threads:
-                    line = _line(plain, form, inputs, feeds, Path(folder), number, seconds)
-                    head = f"{kind:9s} {count:2d} {size:6d} {bits:4d} {rows:5d} {number:7d}"
-                    print(f"{head}  {form[0]:12s} {line}", flush=True)
+            for form, number in itertools.product(forms, threads):
+                line = _line(plain, form, inputs, feeds, Path(folder), number, seconds)
+                head = f"{kind:9s} {count:2d} {size:6d} {bits:4d} {rows:5d} {number:7d}"
+                print(f"{head}  {form[0]:12s} {line}", flush=True)
 
 
 def _line(

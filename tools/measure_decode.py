@@ -134,6 +134,12 @@ def attention(past: int, rows: int) -> Iterator[list[Form]]:
             "Attention (23)", f"{standard} ({{x}}, key, val, mask, pk{{l}}, pv{{l}})", {**new, "mask": mask}, own, made
         ),
     ]  # fmt: skip
+    call = f"{group} <{what}, {{how}}> ({taken}, , , , , , ks, ks)"
+    yield [*forms, *_in_codes(call, {**new, **lengths}, own, total)]
+
+
+def _in_codes(call: str, new: dict[str, np.ndarray], own: dict[str, np.ndarray], total: int) -> Iterator[Form]:
+    """Attention with a cache in integers, `how` they are held in braces in the `call`."""
     for bits in (8, 4):
         codes = {name: _codes(array, bits) for name, array in own.items()}
         kind = "int8" if bits == 8 else "uint8"
@@ -141,11 +147,9 @@ def attention(past: int, rows: int) -> Iterator[list[Form]]:
         for mode in ("PER_TENSOR", "PER_CHANNEL"):
             shape = (1,) if mode == "PER_TENSOR" else (1, GROUPS, 1, HEAD)
             scale = {"ks": np.full(shape, _step(bits), np.float32)}
-            how = f'{what}, kv_cache_bit_width = {bits}, k_quant_type = "{mode}", v_quant_type = "{mode}"'
-            call = f"{group} <{how}> ({taken}, , , , , , ks, ks)"
+            how = f'kv_cache_bit_width = {bits}, k_quant_type = "{mode}", v_quant_type = "{mode}"'
             name = f"GroupQueryAttention, int{bits} {mode.lower()[4:]}"
-            forms.append(Form(name, call, {**new, **lengths}, codes, {"nk": held, "nv": held}, scale))
-    yield forms
+            yield Form(name, call.replace("{how}", how), new, codes, {"nk": held, "nv": held}, scale)
 
 
 def _step(bits: int) -> float:

@@ -7,8 +7,11 @@ from qgraph.passes.bound_masks import BoundMasks
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.clip_codes import ClipCodes
 from qgraph.passes.correct_bias import CorrectBias
+from qgraph.passes.divide_products import DivideProducts
 from qgraph.passes.drop_casts import DropCasts
+from qgraph.passes.drop_factors import DropFactors
 from qgraph.passes.equalize import Equalize
 from qgraph.passes.find_ternary import FindTernary
 from qgraph.passes.fit_ranges import FitRanges
@@ -30,6 +33,7 @@ from qgraph.passes.insert_stored import InsertStored
 from qgraph.passes.join_bias import JoinBias
 from qgraph.passes.join_products import JoinProducts
 from qgraph.passes.mask_rows import MaskRows
+from qgraph.passes.mean_sums import MeanSums
 from qgraph.passes.measure_shapes import MeasureShapes
 from qgraph.passes.nan_guard import NanGuard
 from qgraph.passes.narrow_weights import NarrowWeights
@@ -44,8 +48,10 @@ from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
+from qgraph.passes.shrink_weights import ShrinkWeights
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_experts import SplitExperts
+from qgraph.passes.store_blocks import StoreBlocks
 from qgraph.passes.survey import Survey
 from qgraph.passes.survey_cache import SurveyCache
 from qgraph.passes.tie_head import TieHead
@@ -60,8 +66,11 @@ __all__ = [
     "Calibrate",
     "CalibrateWeights",
     "Canonicalize",
+    "ClipCodes",
     "CorrectBias",
+    "DivideProducts",
     "DropCasts",
+    "DropFactors",
     "Equalize",
     "FindTernary",
     "FitRanges",
@@ -83,6 +92,7 @@ __all__ = [
     "JoinBias",
     "JoinProducts",
     "MaskRows",
+    "MeanSums",
     "MeasureShapes",
     "NanGuard",
     "NarrowWeights",
@@ -97,8 +107,10 @@ __all__ = [
     "ResidualNorm",
     "RoundBlocks",
     "RoundWeights",
+    "ShrinkWeights",
     "Smooth",
     "SplitExperts",
+    "StoreBlocks",
     "Survey",
     "SurveyCache",
     "TieHead",

@@ -86,7 +86,7 @@ class Annotate(ir.passes.InPlacePass):
             static = next((kernel for kernel in found.values() if kernel.form is Form.QDQ), None)
             if static is not None:
                 kernels[node] = self._joined(node, static, resting.get(node))
-            node.meta[REASON] = reason if not found else self._worth(static or alone[0])
+            node.meta[REASON] = node.meta.get(REASON, reason) if not found else self._worth(static or alone[0])
         for body in main.subgraphs():
             for node in body:
                 if self.rules.kernels(node)[0]:
@@ -114,6 +114,8 @@ class Annotate(ir.passes.InPlacePass):
         gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
         if gain < 0 < gain + kernel.price * 1e6:
             return "in integers it would lose more accuracy than the time that it saves is worth"
+        if kernel.price > 0 and gain > 0:
+            return "in integers it would save less than its loss of accuracy and the way in and out are worth"
         if self.target.ordinal:
             return "an integer kernel exists, but gains less than the way in and out is taken to cost"
         gain += kernel.price * 1e6

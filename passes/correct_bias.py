@@ -37,6 +37,8 @@ class CorrectBias(ir.passes.InPlacePass):
             kernel: Kernel | None = node.meta.get(KERNEL)
             if params is None or kernel is None or kernel.weight is None or node.inputs[0] is None:
                 continue
+            if not graph.is_standard(node, "Conv", "MatMul", "Gemm"):
+                continue  # The means are those of a value, which others may read as well.
             statistic = node.inputs[0].meta.get(MEANS, {}).get(graph.channel_axis(node))
             mean = statistic.mean if statistic is not None else None
             weight = node.inputs[kernel.weight[0]]

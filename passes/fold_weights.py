@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from qgraph.passes.calibrate_weights import WEIGHT
 from qgraph.passes.round_weights import CODES
 
-from qgraph import graph, weights
+from qgraph import graph, held, weights
 from qgraph.errors import QuantizationError
 from qgraph.qparams import QParams, quantize
 
@@ -48,6 +48,8 @@ def _fold(main: ir.Graph, node: ir.Node) -> None:
         return quantize(array, params) if found is None else np.asarray(found)
 
     output.name = None
-    folded = weights.derived(main, weight, codes, params.format.storage, tuple(tensor.shape.numpy()), name)
+    shape = tuple(int(dim) for dim in tensor.shape.numpy())
+    folded = weights.derived(main, weight, codes, params.format.storage, shape, name)
+    held.keep(folded, weight, params, turned=params.axis == 1)
     output.replace_all_uses_with(folded)
     main.remove(node, safe=True)

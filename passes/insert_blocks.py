@@ -19,6 +19,7 @@ from onnx_ir.passes import common
 
 from qgraph import graph, ternary, weights
 from qgraph.blocks import BLOCKS, Blocks, unpack
+from qgraph.held import HELD, Held
 from qgraph.spec import PerBlock, QuantSpec
 from qgraph.targets import KERNEL, REASON, Form, Kernel
 
@@ -94,6 +95,9 @@ def _write(main: ir.Graph, node: ir.Node, names: set[str], made: dict[tuple[obje
     shape = graph.run_shape(weight) or (0, 0)
     inner, columns = shape[axis], shape[1 - axis]
     chosen: Blocks | None = node.meta.get(BLOCKS)
+    held: Held | None = weight.meta.get(HELD)
+    if chosen is None and held is not None and (held.blocks.bits, held.blocks.size) == (bits, size):
+        chosen = held.blocks
     key = (weight, spec) if chosen is None else (chosen,)
     if key not in made:
         made[key] = _constants(main, weight, spec, chosen, (columns, inner), names)

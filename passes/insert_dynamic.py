@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from qgraph.passes.calibrate_weights import WEIGHT
 from qgraph.passes.round_weights import CODES
 
-from qgraph import graph, weights
+from qgraph import graph, held, weights
 from qgraph.qparams import QParams, quantize
 from qgraph.targets import KERNEL, REASON, Form, Kernel
 
@@ -91,6 +91,7 @@ class _Writer:
             made = weights.derived(
                 self.main, weight, codes, params.format.storage, shape[::-1] if transposed else shape, name
             )
+            held.keep(made, weight, params, turned=True)
             scale = graph.fresh_name(f"{weight.name}_scale", self.names)
             self.codes[key] = made, graph.add_initializer(self.main, ir.Tensor(params.scale.astype(np.float32)), scale)
         return self.codes[key]

@@ -30,7 +30,8 @@ class InsertObservers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place; only meta is written."""
         for value in annotated(model.graph):
-            if FOLLOWS not in value.meta:
+            # PyTorch's observer of values that share parameters sees each of them.
+            if FOLLOWS not in value.meta or value.meta[SPEC].torch:
                 value.meta[OBSERVER] = observers.create(self.observer or value.meta[SPEC].observer)
         for node in model.graph:
             planned: Kernel | None = node.meta.get(KERNEL)

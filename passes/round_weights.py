@@ -18,6 +18,7 @@ from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 from qgraph import calibration, graph
 from qgraph.calibration import CHANNELS, STATISTICS
 from qgraph.data import Dataset
+from qgraph.held import HELD
 from qgraph.observers.sample import Patches
 from qgraph.observers.second_moment import Grid, SecondMoment, patches_of
 from qgraph.qparams import QParams
@@ -74,7 +75,7 @@ class RoundWeights(ir.passes.InPlacePass):
                 source, patches, groups = key
                 statistic = SecondMoment(_grid(nodes[0]), patches, groups)
                 source.meta.setdefault(STATISTICS, {})[patches, groups] = statistic
-            calibration.observe(model, self.data, self.folder, self.budget, self._report)
+            calibration.observe(model, self.data, self.folder, self.budget, self._report, kinds=(STATISTICS,))
             found = {key: key[0].meta[STATISTICS].pop(key[1:]) for key in part}
             for source, _, _ in part:
                 if not source.meta.get(STATISTICS, True):
@@ -92,10 +93,7 @@ class RoundWeights(ir.passes.InPlacePass):
             source, weight = (node.inputs[0], node.inputs[1]) if WEIGHT in node.meta else (None, None)
             if source is None or weight is None or (INPUT not in node.meta and CHANNELS not in node.meta):
                 continue
-            if not _sums(node):
-                continue
-            if (known := self.store.get(_identity(node))) is not None:
-                node.meta[CODES] = known
+            if not _sums(node) or HELD in weight.meta:
                 continue
             key = (source, patches_of(node), node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1)
             if reads.setdefault(weight, key) != key:
@@ -106,6 +104,11 @@ class RoundWeights(ir.passes.InPlacePass):
                 continue
             layers.setdefault(key, []).append(node)
         kept = {k: [n for n in nodes if graph.label(n) not in self.refused] for k, nodes in layers.items()}
+        for key, nodes in kept.items():
+            for node in nodes:
+                if (known := self.store.get(_identity(node))) is not None:
+                    node.meta[CODES] = known
+            kept[key] = [node for node in nodes if CODES not in node.meta]
         return {key: nodes for key, nodes in kept.items() if nodes}
 
     def _parts(self, layers: dict[_Key, list[ir.Node]]) -> Iterator[dict[_Key, list[ir.Node]]]:

@@ -20,7 +20,7 @@ from qgraph.experts import Experts
 from qgraph.pieces import Pieces, dims, free
 from qgraph.rules import FLOAT, Rules
 from qgraph.spec import Mixture, Scheme
-from qgraph.targets import Form, Target
+from qgraph.targets import REASON, Form, Target
 
 __all__ = ["SplitExperts"]
 
@@ -71,7 +71,7 @@ class SplitExperts(ir.passes.InPlacePass):
         for node, one in found:
             reason = _unfit(one) or self._slower(node, one)
             if reason is not None:
-                self.refused[graph.label(node)] = reason
+                self.refused[graph.label(node)] = node.meta[REASON] = f"its experts stay together: {reason}"
             elif writer is not None:
                 writer.split(node, one)
                 changed = True

@@ -117,6 +117,8 @@ def is_layer(node: ir.Node) -> bool:
     source, weight = node.inputs[0], node.inputs[1]
     if source is None or source.is_initializer() or not graph.is_float(source):
         return False
+    if 0 in (graph.run_shape(weight) or ()):
+        return False
     rank = len(graph.run_shape(weight) or ())
     right = rank in (3, 4) if node.op_type == "Conv" else rank == 2
     return right and graph.has_constant(weight) and graph.is_float(weight) and not node.attributes.get_int("transA", 0)

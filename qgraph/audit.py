@@ -99,7 +99,7 @@ def plan_of(model: ir.Model) -> Plan:
             operators[node.name] = kernel.operators
             if kernel.shares:
                 movers.add(node.name)
-            if node.op_type in kernel.operators:
+            if node.op_type in kernel.operators and kernel.form is Form.QDQ:
                 plain.add(node.name)
         elif node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
             if not any(KERNEL in reader.meta for reader in node.outputs[0].consumers()):

@@ -4,71 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
-import math
-from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Mapping, MutableMapping
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import audit, graph, modelio, outcome, registry
+from qgraph import audit, learning, modelio, outcome, registry, unfit
 from qgraph.blocks import Blocks
-from qgraph.calibration import SAMPLE
+from qgraph.built import Built, assignment_of, digest
 from qgraph.compare import Runnable
-from qgraph.errors import AuditError, NothingQuantizedError
+from qgraph.errors import AuditError, NothingQuantizedError, QuantizationError
+from qgraph.few_bits import FewBits, Order
 from qgraph.pipeline import Context
+from qgraph.rebalance import FACTOR
 from qgraph.report import NodeReport, Step
 from qgraph.rules import FLOAT, Prices, Rules
 from qgraph.spec import Mixture, Scheme
-from qgraph.targets import KERNEL, REASON, Form, Kernel, Target
+from qgraph.targets import REASON, Form, Target
 
 __all__ = ["VARIANTS", "Builder", "Built", "digest"]
 
 VARIANTS = ("folded", "none", "explicit")  # Ways to scale channels, as they are tried; the first two cost no time.
 _ROUNDS = 4
-_LEARNED_PER_SECOND = 4e9  # Inputs squared times outputs, the solver's work, on two cores; data passes included.
-
-
-@dataclasses.dataclass
-class Built:
-    """A candidate as it was written.
-
-    Attributes:
-        model: its graph, planned kernels in the meta.
-        staged: its files.
-        nodes: each node with its kernel or the reason why it has none.
-        steps: the passes that made it.
-        assignment: scheme of each node that is quantized.
-    """
-
-    model: ir.Model
-    staged: modelio.Staged
-    nodes: list[NodeReport]
-    steps: list[Step]
-    assignment: dict[str, str]
-
-    @property
-    def runnable(self) -> Runnable:
-        """What sessions are made of."""
-        return Runnable(self.staged.path)
-
-    @property
-    def stored(self) -> bool:
-        """Whether only the file is smaller: all that is planned are weights brought back at load, as was audited."""
-        forms = {node.meta[KERNEL].form for node in self.model.graph if KERNEL in node.meta}
-        return forms == {Form.STORED}
-
-    @property
-    def schemes(self) -> dict[str, int]:
-        """Number of nodes in each scheme."""
-        return dict(sorted(Counter(self.assignment.values()).items()))
-
-
-def digest(assignment: Mapping[str, str]) -> str:
-    """An identity of an assignment that fits a line."""
-    return hashlib.sha256(json.dumps(sorted(assignment.items())).encode()).hexdigest()[:16]
 
 
 class Builder:
@@ -106,6 +63,8 @@ class Builder:
         parts = context.scheme.parts
         if context.data is not None and parts and all(part.activation is None for part in parts):
             self.variants = ("folded",)  # Of weights alone the error is known without a trial.
+        if context.scheme.held is not None:
+            self.variants = self.variants[:1]  # Of each variant the codes would be learned anew.
         self.variant = self.variants[0]
         self._surveyed: ir.Model | None = None
         self._survey_steps: list[Step] = []
@@ -116,6 +75,8 @@ class Builder:
         self.fixed = saved or context.observer is not None  # Whether ranges are those that were asked for.
         self.audit: Callable[[Path, audit.Plan, Target], audit.Audit] = audit.audit
         self.keep: Callable[[str, ir.Model], MutableMapping[str, Blocks]] = lambda variant, model: {}
+        self.few: FewBits | None = None  # Whether other schemes may be taken in place of those that were given.
+        self.order: Order | None = None  # Of those, where they were.
 
     @property
     def prepared(self) -> ir.Model:
@@ -175,24 +136,40 @@ class Builder:
             pipeline = registry.pipeline("survey")(self.context)
             self._surveyed = pipeline(self.original.clone()).model
             self._survey_steps = pipeline.steps
+            self._suit(self._surveyed)
         if self.variant not in self._variants:
             context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={}, fits={}, blocks={})
             model, steps = self._surveyed.clone(), self._survey_steps
             if self.variant != "none":
-                pipeline = registry.pipeline("scale")(context)
+                usual = context.scheme if self.order is None else self.order.usual
+                pipeline = registry.pipeline("scale")(dataclasses.replace(context, scheme=usual))
                 model = pipeline(model).model
                 steps = [*steps, *pipeline.steps]
                 self._changed[self.variant] = any(getattr(one, "changes", ()) for one in pipeline.passes)
+            if self.few is not None and self.order is not None:
+                self.few.price(model)
             # Weights that were changed are new; they go to disk like the others.
             kept = self.keep(self.variant, model)
             context = dataclasses.replace(context, folder=self.workspace.spill(model), blocks=kept)
+            if context.scheme.held is not None:
+                pipeline = registry.pipeline("shrink")(context)
+                model = pipeline(model).model
+                steps = [*steps, *pipeline.steps]
+                context = dataclasses.replace(context, folder=self.workspace.spill(model))
             self._variants[self.variant] = model, steps, context
+
+    def _suit(self, model: ir.Model) -> None:
+        """Take other schemes in place of those that were given, where others suit the model."""
+        found = self.few.suited(model, self.context.target, self.rules()) if self.few is not None else None
+        if found is not None:
+            self.context = dataclasses.replace(self.context, scheme=found)
+            self.variants, self.order = self.variants[:1], Order.of(found)  # Of weights alone the error is known.
 
     def assignment(self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None) -> dict[str, str]:
         """What `build` would quantize, and to what; NothingQuantizedError where that is nothing."""
         model = self.prepared.clone()
         registry.pipeline("assign")(self._priced(prices, scheme))(model)
-        return _assignment(model)
+        return assignment_of(model)
 
     def build(
         self, prices: Prices | None = None, scheme: Scheme | Mixture | None = None, learn: bool | None = None
@@ -217,11 +194,20 @@ class Builder:
             else:
                 model, before = self.original.clone(), []
                 pipeline = registry.pipeline(wanted.pipeline)(self._priced(prices, wanted))
-            model = pipeline(model).model
+            try:
+                model = pipeline(model).model
+            except NothingQuantizedError:
+                raise
+            except QuantizationError:
+                hurdles = unfit.refusals(self.prepared, self.rules())
+                if attempt + 1 == _ROUNDS or not hurdles:
+                    raise
+                self.refused.update(hurdles)
+                continue
             self.refused.update(outcome.overflowing(pipeline.steps, self.context.target.half))
             if not wanted.parts:
                 self._explain(model)
-            assignment = _assignment(model)
+            assignment = assignment_of(model)
             staged = modelio.stage(model, self.output or Path("model.onnx"), self.workspace, self.external, self.avoid)
             self.progress("auditing", 0, 0)
             plan = audit.plan_of(model)
@@ -239,6 +225,15 @@ class Builder:
             self.refused.update(refused)
             staged.discard()
         raise AssertionError("unreachable")
+
+    @contextlib.contextmanager
+    def rewritten(self, scheme: Scheme | Mixture) -> Generator[Runnable]:
+        """The candidate of a scheme that leaves all in float, as long as it is looked at."""
+        built = self.build(scheme=scheme)
+        try:
+            yield built.runnable
+        finally:
+            built.staged.discard()
 
     def explained(self, built: Built) -> list[NodeReport]:
         """The nodes of a candidate that is all float, with what the whole search found to be the reasons."""
@@ -263,19 +258,23 @@ class Builder:
         """Whether there is data to fix ranges with, and use for them."""
         return self.context.data is not None and self.context.scheme.static
 
-    def learning_seconds(self) -> float:
-        """About how long learned roundings would take; 0 where there is nothing to learn from."""
-        if not self.calibrated or self.context.scheme.torch:
+    def learning_seconds(self, assignment: Mapping[str, str]) -> float:
+        """About how long learned roundings of these nodes would take; 0 where there is nothing to learn from."""
+        scheme = self.context.scheme
+        data = self.context.data if self.calibrated else None
+        if data is None or scheme.torch or scheme.held is not None:
             return 0.0
-        work = 0.0
+        rules, layers = self.rules(), list[ir.Node]()
         for node in self.prepared.graph:
-            shape = list(graph.run_shape(node.inputs[1]) or ()) if SAMPLE in node.meta else []
-            if shape:
-                rows = len(shape) > 2 or bool(node.attributes.get_int("transB", 0))
-                outputs = shape[0] if rows else shape[-1]
-                inputs = math.prod(shape) // max(1, outputs)
-                work += inputs * inputs * (outputs + inputs)
-        return work / _LEARNED_PER_SECOND
+            kernel = rules.kernels(node)[0].get(assignment.get(node.name or "", ""))
+            if kernel is not None and kernel.form not in (Form.STORED, Form.HALF):
+                layers.append(node)
+        return learning.seconds(layers, data.count(), self.context.budget)
+
+    def paid(self, built: Built) -> float:
+        """Seconds that a candidate's multiplications take which scale channels: about as long as rounding does."""
+        factors = [node for node in built.model.graph if FACTOR in node.meta]
+        return sum(self.context.target.quantize_cost(node.outputs[0]) for node in factors)
 
     def _priced(self, prices: Prices | None, scheme: Scheme | Mixture | None) -> Context:
         return dataclasses.replace(
@@ -286,13 +285,3 @@ class Builder:
             refused=self.refused,
             measured=self.measured,
         )
-
-
-def _assignment(model: ir.Model) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for node in model.graph:
-        kernel: Kernel | None = node.meta.get(KERNEL)
-        if kernel is not None and node.name:
-            for name in graph.planned_names(node):
-                found[name] = kernel.scheme
-    return found

@@ -8,7 +8,7 @@ run one after the other over all the data; what lies behind the last observed va
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -62,6 +62,7 @@ def observe(
     budget: int = DEFAULT_BUDGET,
     progress: Callable[[int, int], None] | None = None,
     store: Store | None = None,
+    kinds: Collection[str] = (OBSERVER, MEANS, STATISTICS),
 ) -> None:
     """Feed all of `data` through `model` and update the statistics in the meta of its values.
 
@@ -74,12 +75,13 @@ def observe(
         progress: called with (runs done, runs in all).
         store: observers and means of an earlier call on the same data, by value; these values are not run again, and
             new ones are added.
+        kinds: keys of the statistics that are updated; others in the meta have seen the data already.
 
     Raises:
         DataError: an observed value is NaN or infinite; names the batch and the value.
         ExecutionError: the runtime refuses the graph or a batch.
     """
-    missing = [v for v in _observed(model) if store is None or not _recalled(v, store)]
+    missing = [v for v in _observed(model, kinds) if store is None or not _recalled(v, store)]
     values = [v for v in missing if v.producer() is not None]
     inputs = [v for v in missing if v.producer() is None]
     if not missing:
@@ -87,7 +89,7 @@ def observe(
     # Shapes were measured on one batch; the largest may be many times as large.
     growth = max(1.0, data.largest / max(1, data.first().nbytes))
     parts = list(_parts(values, int(budget / growth))) or [[]]
-    single = any(OBSERVER in v.meta and v.meta[OBSERVER].per_sample for v in (*inputs, *values))
+    single = OBSERVER in kinds and any(OBSERVER in v.meta and v.meta[OBSERVER].per_sample for v in (*inputs, *values))
     total, done = len(parts) * data.count(), 0
     for number, part in enumerate(parts):
         session = _session(model, part, folder) if part else None
@@ -95,11 +97,11 @@ def observe(
             for batch in _samples(data, single):
                 if number == 0:
                     for value in inputs:
-                        _update(value, batch.feeds[str(value.name)], batch)
+                        _update(value, batch.feeds[str(value.name)], batch, kinds)
                 if session is not None:
                     results = session.run(batch.feeds)
                     for value in part:
-                        _update(value, results.pop(str(value.name)), batch)
+                        _update(value, results.pop(str(value.name)), batch, kinds)
                 done += 1
                 if progress is not None:
                     progress(min(done, total), total)
@@ -126,21 +128,22 @@ def _recalled(value: ir.Value, store: Store) -> bool:
     return True
 
 
-def _update(value: ir.Value, array: NDArray[Any], batch: Batch) -> None:
+def _update(value: ir.Value, array: NDArray[Any], batch: Batch, kinds: Collection[str]) -> None:
     visible = batch.visible
     if visible is not None and array.ndim == 3 and array.shape[:2] == visible.shape:
         # Sample by sample, since some statistics are of samples.
         for rows, seen in zip(array, visible, strict=True):
-            _take(value, rows[seen][None], batch)
+            _take(value, rows[seen][None], batch, kinds)
     else:
-        _take(value, array, batch)
+        _take(value, array, batch, kinds)
 
 
-def _take(value: ir.Value, array: NDArray[Any], batch: Batch) -> None:
-    for statistic in (*value.meta.get(MEANS, {}).values(), *value.meta.get(STATISTICS, {}).values()):
-        statistic.update(array)
+def _take(value: ir.Value, array: NDArray[Any], batch: Batch, kinds: Collection[str]) -> None:
+    for kind in (MEANS, STATISTICS):
+        for statistic in value.meta.get(kind, {}).values() if kind in kinds else ():
+            statistic.update(array)
     observer: Observer | None = value.meta.get(OBSERVER)
-    if observer is None:
+    if observer is None or OBSERVER not in kinds:
         return
     observer.update(array)
     if not observer.finite:
@@ -258,9 +261,9 @@ def restore(model: ir.Model, path: Path, key: str) -> None:
                 value.meta[MEANS][statistic.axis] = ChannelMean.from_state(mine[kind])
 
 
-def _observed(model: ir.Model) -> list[ir.Value]:
+def _observed(model: ir.Model, kinds: Collection[str] = (OBSERVER, MEANS, STATISTICS)) -> list[ir.Value]:
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-    return [v for v in values if OBSERVER in v.meta or MEANS in v.meta or STATISTICS in v.meta]
+    return [v for v in values if any(kind in v.meta for kind in kinds)]
 
 
 def _statistics(value: ir.Value) -> Iterator[tuple[str, Observer | ChannelMean]]:

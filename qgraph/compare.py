@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,15 @@ from qgraph import graph
 from qgraph.caches import translated
 from qgraph.data import Batch, Dataset
 from qgraph.errors import DataError
-from qgraph.report import Fidelity, Layer, OutputError
+from qgraph.report import Fidelity, Layer
 from qgraph.session import Session, SessionOptions
+from qgraph.tally import Tally, decibels, samples_of
 
-__all__ = ["Reference", "Runnable", "compare", "layer_errors"]
+__all__ = ["Reference", "Runnable", "compare", "decibels", "layer_errors"]
 
 _LAYER_BYTES = 256 << 20
-_TELLING = 4
 _UNKNOWN_ELEMENTS = 4 << 20
+_LOST = ": counted as lost"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,78 +39,7 @@ class Runnable:
         return translated(Session(self.model, options, self.folder), self.model)
 
 
-class _Error:
-    """Running sums of one output's error."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = self.largest = self.cosines = self.squares = 0.0
-        self.samples = self.same = 0
-        self.classes = True
-
-    def add(self, a: NDArray[Any], b: NDArray[Any], visible: NDArray[np.bool_] | None = None) -> None:
-        """Take in [samples, ...]; where `visible` [samples, length] fits, hidden positions do not count."""
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        if visible is not None and a.ndim >= 3 and a.shape[:2] == visible.shape:
-            x, y = (np.where(visible.reshape(*visible.shape, *[1] * (a.ndim - 2)), array, 0.0) for array in (x, y))
-        # An infinity that both have (a masked score) is right, and one that only one has is wrong beyond measure.
-        both = np.isinf(x) & (x == y)
-        if both.any():
-            x, y = np.where(both, 0.0, x), np.where(both, 0.0, y)
-        if np.isinf(x).any() or np.isinf(y).any():
-            x, y = np.where(np.isinf(x), 0.0, x), np.where(np.isinf(x) | np.isinf(y), np.nan, y)
-        difference = x - y
-        self.signal += float(np.square(x).sum())
-        self.noise += float(np.square(difference).sum())
-        # NaN stays NaN, where `max` would lose it.
-        self.largest = float(np.maximum(self.largest, np.abs(difference).max(initial=0.0)))
-        rows = x.shape[0] if x.ndim else 1
-        width = math.prod(x.shape[1:])
-        x, y = x.reshape(rows, width), y.reshape(rows, width)
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        same = np.all(x == y, axis=1)
-        alike = (x * y).sum(axis=1) / np.where(norms > 0, norms, 1.0)
-        if width == 1:
-            # The cosine of two numbers says nothing but their sign; codes and labels are equal or not.
-            wide = np.maximum(np.maximum(np.abs(x), np.abs(y))[:, 0], 1e-30)
-            alike = 1.0 - np.abs(x - y)[:, 0] / wide if a.dtype.kind == "f" else same.astype(np.float64)
-        alike = np.where(same, 1.0, alike)
-        self.cosines += float(alike.sum())
-        self.squares += float(np.square(1.0 - alike).sum())
-        self.samples += rows
-        if a.ndim == 2 and a.shape[1] > 1 and self.classes:
-            self.same += int((x.argmax(axis=1) == y.argmax(axis=1)).sum())
-        else:
-            self.classes = False
-
-    def result(self) -> OutputError:
-        return OutputError(
-            decibels(self.signal, self.noise),
-            self.cosines / max(1, self.samples),
-            self.largest,
-            self.same / self.samples if self.classes and self.samples else None,
-            self._spread(),
-        )
-
-    def _spread(self) -> float:
-        """Standard deviation of the samples' loss of cosine over its mean; 1 where there are too few to tell."""
-        count = max(1, self.samples)
-        mean = 1.0 - self.cosines / count
-        if count < _TELLING or not mean > 0:
-            return 1.0
-        return math.sqrt(max(self.squares / count - mean * mean, 0.0)) / mean
-
-
 _NO_NUMBERS = "nothing can be compared with it"
-
-
-def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise); infinite without noise, not a number for NaN."""
-    if noise == 0.0:
-        return float("inf")
-    if math.isnan(noise) or math.isnan(signal):
-        return float("nan")
-    # Apart, since the share of an overflow is none.
-    return float(10 * (np.log10(signal) - np.log10(noise))) if signal > 0 else float("-inf")
 
 
 class Reference:
@@ -125,6 +54,7 @@ class Reference:
     Attributes:
         count: batches.
         numbers: in all outputs of all batches.
+        samples: of each output, over all batches.
 
     Raises:
         DataError: an output is NaN, or none is a tensor of numbers.
@@ -137,6 +67,7 @@ class Reference:
         self._names: list[str] = []
         self.count = 0
         self.numbers = 0
+        self.samples: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         with original.session(options) as session:
             for self.count, batch in enumerate(data, 1):
@@ -150,7 +81,9 @@ class Reference:
                 self._names = self._save(self.count, found)
                 if not self._names:
                     raise DataError(f"The original has no output that is a tensor of numbers: {_NO_NUMBERS}.")
-                self.numbers += sum(found[name].size for name in self._names)
+                for name in self._names:
+                    self.numbers += found[name].size
+                    self.samples[name] = self.samples.get(name, 0) + samples_of(found[name], batch)
 
     def _save(self, number: int, outputs: dict[str, NDArray[Any]], mark: str = "") -> list[str]:
         numeric = {name: value for name, value in outputs.items() if _is_numeric(value)}
@@ -167,21 +100,27 @@ class Reference:
         for number, batch in enumerate(self.data, 1):
             yield batch, self._load(number, mark)
 
-    def compare(self, other: Runnable, held_back: bool = True, keep: str = "") -> Fidelity:
+    def compare(
+        self, other: Runnable, held_back: bool = True, keep: str = "", unsteady: Mapping[str, str] | None = None
+    ) -> Fidelity:
         """Run `other` on the same data and compare its outputs.
+
+        An output of another shape than the original's (that of NonZero depends on its values) is a loss of all of it
+        on that batch, and listed in `skipped`.
 
         Args:
             other: the model.
             held_back: whether calibration did not see the data.
             keep: keep its outputs, too, under this mark.
+            unsteady: outputs to leave out -> what their shapes are, because float models alone do not agree on them.
 
         Raises:
-            DataError: the outputs differ in name, or none of them keeps its shape (one whose shape depends on its
-                values, as that of NonZero, may not; it is listed in `skipped`).
+            DataError: the outputs differ in name or rank, or none of them has its shape on any batch.
             ExecutionError: the model cannot be loaded or run.
         """
-        errors: dict[str, _Error] = {}
-        skipped: dict[str, str] = {}
+        tallies: dict[str, Tally] = {}
+        unsteady = unsteady or {}
+        changed: dict[str, tuple[str, int]] = {}
         with other.session(self._options) as session:
             if not set(self._names) <= set(session.outputs):
                 found = ", ".join(session.outputs)
@@ -189,21 +128,39 @@ class Reference:
             for number, batch in enumerate(self.data, 1):
                 results = session.run(batch.feeds, self._names)
                 for key, expected in self._load(number).items():
+                    tally = tallies.setdefault(key, Tally())
+                    if expected.shape == results[key].shape:
+                        tally.add(expected, results[key], batch)
+                        continue
+                    shapes = f"shape {list(results[key].shape)} instead of {list(expected.shape)} on {batch.name!r}"
                     if expected.ndim != results[key].ndim:
-                        shapes = f"{list(results[key].shape)} instead of {list(expected.shape)}"
-                        raise DataError(f"Output {key!r} has shape {shapes} on {batch.name!r}.")
-                    if expected.shape != results[key].shape:
-                        what = f"shape {list(results[key].shape)} instead of {list(expected.shape)} on {batch.name!r}"
-                        skipped.setdefault(key, what)
-                    else:
-                        errors.setdefault(key, _Error()).add(expected, results[key], batch.visible)
+                        raise DataError(f"Output {key!r} has {shapes}.")
+                    tally.lose(expected, results[key], batch)
+                    first, count = changed.get(key, (shapes, 0))
+                    changed[key] = first, count + 1
                 if keep:
                     self._save(number, results, keep)
-        if not errors or errors.keys() <= skipped.keys():
-            what = "; ".join(f"{k!r} has {what}" for k, what in skipped.items())
+        if not any(tally.compared for key, tally in tallies.items() if key not in unsteady):
+            what = "; ".join(f"{key!r} has {first}" for key, (first, _) in changed.items())
             raise DataError("No output can be compared: " + what)
-        compared = {key: error.result() for key, error in errors.items() if key not in skipped}
+        compared = {key: tally.result() for key, tally in tallies.items() if key not in unsteady}
+        skipped = {key: f"{first}{_also(count)}{_LOST}" for key, (first, count) in changed.items()}
+        skipped.update({key: f"{what}, before anything is quantized: not compared" for key, what in unsteady.items()})
         return Fidelity(self.count, held_back, compared, skipped=skipped)
+
+    def unsteady(self, rewritten: Runnable) -> dict[str, str]:
+        """Outputs whose shapes change when the float graph is only rewritten, and how; none if that is all of them."""
+        try:
+            found = self.compare(rewritten).skipped
+        except DataError:
+            return {}
+        shapes = {key: what.removesuffix(_LOST) for key, what in found.items()}
+        return shapes if len(shapes) < len(self._names) else {}
+
+
+def _also(count: int) -> str:
+    """How many more there are than the one that was named."""
+    return "" if count == 1 else f" and in {count - 1} other run{'s' if count > 2 else ''}"
 
 
 def compare(

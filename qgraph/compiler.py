@@ -78,7 +78,8 @@ def optimize(
         if output is not None:
             job.report.notes += shards.left_behind(output, staged.path)
             staged.commit()
-            job.report.sha256 = fingerprint.of_file(output)
+            job.report.files = fingerprint.of_files(output)
+            job.report.sha256 = job.report.files[0].sha256
         result = Result(modelio.read(output or staged.path), job.report)
     except BaseException:
         workspace.close()

@@ -71,6 +71,10 @@ class Decoder:
         lengths = (_length(feeds[spec.name], spec) for spec in self.caches if spec.name in feeds)
         return next(lengths, 0)
 
+    def is_step(self, feeds: Mapping[str, NDArray[Any]]) -> bool:
+        """Whether `feeds` are one new token of one sequence."""
+        return feeds[self.ids.name].size == 1
+
     def complete(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """`feeds` with what they lack: empty caches, nothing masked, positions counted along the mask.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from qgraph import proof
+from qgraph import overflow, proof
 from qgraph.compare import Runnable
 from qgraph.data import Dataset
 from qgraph.errors import ExecutionError, ProviderError, UnprovedError
@@ -65,10 +65,13 @@ def proved(
         tell(words)
         return None
     if not found.right and not accept:
+        narrow = target.narrow
+        beyond = "" if narrow is None else overflow.told(overflow.beyond(model, data, narrow), narrow)
         raise ProviderError(
             f"{target.provider} took {percent(found.share)} of the nodes and gives wrong numbers: they differ by "
             f"{found.error:.2g} of the output from those of the CPU provider on the same file ({found.allowed:.2g} "
-            "would be rounding). Keep the nodes in question in float (--keep-float), or choose another --scheme."
+            "would be rounding)."
+            + (beyond or " Keep the nodes in question in float (--keep-float), or choose another --scheme.")
         )
     if not target.native:
         tell(_RUN.format(found.runtime))

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["fingerprint", "of_file"]
+from qgraph import modelio
+from qgraph.report import WrittenFile
+
+__all__ = ["fingerprint", "of_file", "of_files"]
 
 _CHUNK = 1 << 20
 
@@ -19,6 +22,18 @@ def of_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def of_files(path: Path) -> list[WrittenFile]:
+    """The files that a model is in: the .onnx first, then its external data by name. Read in pieces of a megabyte.
+
+    Raises:
+        ModelError: it cannot be read as a model, or its external data is missing.
+    """
+    root = path.parent.resolve()
+    data = modelio.external_files(modelio.read(path))
+    files = [(path.name, path), *sorted((file.relative_to(root).as_posix(), file) for file in data)]
+    return [WrittenFile(name, file.stat().st_size, of_file(file)) for name, file in files]
 
 
 def fingerprint(model: ir.Model) -> str:

@@ -37,10 +37,14 @@ def cheapest(
         else:
             network.add_edge(start, end, capacity=amount)
 
+    below = 0.0
     makers: dict[ir.Value, ir.Node] = {}
     for node, kernel in kernels.items():
-        pay(_INTEGER, node, kernel.float_seconds)
-        pay(node, _FLOAT, kernel.integer_seconds)
+        # Less than nothing, where a kernel is wanted at any cost, is no capacity: the rest counts from there.
+        base = min(kernel.float_seconds, kernel.integer_seconds, 0.0)
+        below += base
+        pay(_INTEGER, node, kernel.float_seconds - base)
+        pay(node, _FLOAT, kernel.integer_seconds - base)
         for value in results[node]:
             makers[value] = node
     users: dict[ir.Value, list[ir.Node]] = {}
@@ -68,7 +72,7 @@ def cheapest(
     if not kernels:
         return 0.0, set()
     total, (integer, _) = nx.minimum_cut(network, _INTEGER, _FLOAT, flow_func=nx.algorithms.flow.preflow_push)
-    return total * 1e-12, {node for node in kernels if node in integer}
+    return total * 1e-12 + below, {node for node in kernels if node in integer}
 
 
 def last_layers(main: ir.Graph, kernels: Mapping[ir.Node, Kernel]) -> set[ir.Node]:

@@ -17,16 +17,17 @@ from qgraph.clock import Clock
 from qgraph.data import Dataset, DataSource
 from qgraph.division import Parts, divide
 from qgraph.errors import ExecutionError, OptionError
+from qgraph.few_bits import FewBits, notes_of
 from qgraph.fingerprint import fingerprint
 from qgraph.judge import Judge, Verdict
 from qgraph.kept import keeper
-from qgraph.options import Options, spared
+from qgraph.options import UNFOLLOWED, Options, spared
 from qgraph.pipeline import Context
 from qgraph.qconfigs import QCONFIG_NOTE, QCONFIG_USELESS, with_qconfig
 from qgraph.race import Race
 from qgraph.report import Budget, Report, Sensitivity
 from qgraph.rules import FLOAT
-from qgraph.search import Search
+from qgraph.search import FLOAT_SCHEME, Search
 from qgraph.sensitivity import Estimate, estimates
 from qgraph.session import HOST, Feeds, max_ir_version, runtime_version
 from qgraph.targets import AUTO, WEIGHTS, Target
@@ -65,7 +66,7 @@ class Job:
             raise OptionError(f"Scheme {self.scheme.name!r} has no weights in blocks: leave out the block size.")
         self._named = self.scheme.name != AUTO and bool(self.scheme.parts)
         self._rejected: set[str] = set()
-        self._profiled, self._hint = False, ""
+        self._profiled, self._steps, self._hint = False, False, ""
         self.feeds: Feeds = {}
         progress("reading", 0, 0)
         self.float_model = modelio.read(source) if isinstance(source, (str, Path)) else modelio.copied(source)
@@ -105,9 +106,9 @@ class Job:
                 self.report.notes.append(f"Times are this machine's, which is {here}, not those of {self.target.name}.")
         self.progress("comparing", 0, 0)
         judge = self._judge(held, "search", parts.apart)
-        final = self._judge(tested, "final", True) if tested is not None else judge
+        final = self._judge(tested, "final", parts.fresh) if tested is not None else judge
         if self.report.budget is not None:
-            told = f" (losses on {held.count()} samples count up to {judge.margin():.2f}-fold)"
+            told = f" (losses on {judge.samples} samples count up to {judge.margin():.2f}-fold)"
             self.report.budget = dataclasses.replace(self.report.budget, text=self.report.budget.text + told)
         builder = self.builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
@@ -153,6 +154,7 @@ class Job:
     def _look(self, held: Dataset) -> None:
         """Take one sample to time with."""
         self.feeds = feeds = held.typical()
+        self._steps = held.decoder is not None and held.decoder.is_step(feeds)
         self.clock = Clock(self.original, self.target.options(), feeds, self.options.bench_seconds, self.progress)
 
     def divide(self, source: DataSource | None, evaluation: DataSource | None) -> Parts:
@@ -160,9 +162,9 @@ class Job:
         self.progress("reading data", 0, 0)
         if source is None and (self.options.ranges is not None or self.options.save_ranges is not None):
             raise OptionError("Ranges are those of calibration data: give it (--data), or leave out the ranges.")
-        parts = divide(self.float_model, source, evaluation, self.limits, self.options.qconfig is not None)
-        if parts.note:
-            self.report.notes.append(parts.note)
+        run = functools.partial(self.original.session, self.target.options())
+        parts = divide(self.float_model, source, evaluation, self.limits, self.options.qconfig is not None, run)
+        self.report.notes += parts.told
         self._hint = "" if source is not None else " Losses are of random inputs: typical ones (--data) bring more."
         return parts
 
@@ -198,6 +200,7 @@ class Job:
         )
         made = Builder(self.float_model, context, self.workspace, self.output, self.external, self.avoid, self.progress)
         made.audit = functools.partial(proof.audited, feeds=self.feeds)
+        made.few = FewBits(self._steps) if self.check == checks.WHOLE and self.options.open else None
         made.keep = keeper(self.options.state, self.key, calibrate, self.options.memory, self.report.notes.append)
         return made
 
@@ -210,6 +213,7 @@ class Job:
             SlowerError: none is as fast as the original.
         """
         search = self._search(builder, judge)
+        judge.rewritten = final.rewritten = functools.partial(builder.rewritten, FLOAT_SCHEME)
         self._run(search)
         race = Race(self.clock, self.report)
         keys = search.within()
@@ -246,13 +250,10 @@ class Job:
         deadline = time.monotonic() + self.options.time_limit
         glance = self.clock.glance if self.options.bench_seconds > 0 else None
         estimate = functools.partial(self._estimates, builder)
-        asked = self.options
-        search = Search(
-            builder, judge, estimate, trials, deadline, self.progress, self.options.force, glance, asked.bits_per_weight
-        )
-        for pattern in builder.unfollowed:
-            what = f"The override {pattern!r} has no effect: nothing that it matches has a kernel in that scheme."
-            self.report.notes.append(what)
+        force, bits = self.options.force, self.options.bits_per_weight
+        search = Search(builder, judge, estimate, trials, deadline, self.progress, force, glance, bits)
+        search.order = builder.order
+        self.report.notes += [*notes_of(builder.order), *(UNFOLLOWED.format(one) for one in builder.unfollowed)]
         return search
 
     def _estimates(self, builder: Builder) -> list[Estimate]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 
 from qgraph.builder import Builder
-from qgraph.errors import AuditError, DataError, ExecutionError, QuantizationError
+from qgraph.errors import AuditError, DataError, ExecutionError, QuantizationError, first_line
 from qgraph.judge import Judge
 from qgraph.report import Sensitivity
 from qgraph.sensitivity import Estimate
@@ -45,6 +45,8 @@ class Noises:
         self._estimates: list[Estimate] = []
         self._local: dict[tuple[str, str], float] | None = None
         self._values: dict[tuple[str, str], float] = {}
+        self.failed: dict[tuple[str, str], str] = {}
+        """What could not be measured, and why."""
 
     def values(self) -> dict[tuple[str, str], float]:
         """As well as it is known: shares of power, comparable with one another."""
@@ -64,7 +66,8 @@ class Noises:
             if one.noise > 0:
                 noise = exact.get(key, values[key])
                 saved = None if self.builder.context.target.ordinal else one.saved
-                found.append(Sensitivity(one.node, one.op_type, one.scheme, noise, key in exact, saved))
+                failed = self.failed.get(key, "")
+                found.append(Sensitivity(one.node, one.op_type, one.scheme, noise, key in exact, saved, failed))
         return found
 
     def measure(self, count: int, late: Callable[[], bool]) -> bool:
@@ -101,7 +104,8 @@ class Noises:
             prices = {key: -1.0 if key == (node, scheme) else math.inf for key in self.builder.savings()}
             try:
                 built = self.builder.build(prices)
-            except (QuantizationError, AuditError, ExecutionError):
+            except (QuantizationError, AuditError, ExecutionError) as error:
+                self.failed[node, scheme] = first_line(error)
                 return None
             try:
                 sqnr = self.judge.judge(built.runnable).fidelity.worst.sqnr

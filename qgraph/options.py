@@ -13,9 +13,12 @@ from qgraph.errors import OptionError, unknown
 from qgraph.metrics import Limit, Outputs
 from qgraph.observers import OBSERVERS
 from qgraph.qconfigs import QCONFIGS
-from qgraph.targets import WEIGHTS
+from qgraph.targets import AUTO, WEIGHTS
 
-__all__ = ["Options", "refuse_overwriting", "spared"]
+__all__ = ["UNFOLLOWED", "Options", "refuse_overwriting", "spared"]
+
+UNFOLLOWED = "The override {!r} has no effect: nothing that it matches has a kernel in that scheme."
+"""Told of a pattern of `choices`."""
 
 
 def spared(writes: Iterable[str | Path | None], data: set[Path]) -> set[Path]:
@@ -169,6 +172,13 @@ class Options:
         names = ("max_loss", "min_sqnr", "min_cosine", "min_agreement", "metric", "bits_per_weight")
         given = next((name for name in names if getattr(self, name) is not None), None)
         return None if given is None else "--" + given.replace("_", "-")
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing says that activations go into integers: no scheme for a part, and nothing about ranges."""
+        given = (self.observer, self.qconfig, self.ranges, self.save_ranges)
+        named = any(scheme != "float" for scheme in self.choices.values())
+        return self.scheme == AUTO and self.bits_per_weight is None and not named and all(x is None for x in given)
 
     @property
     def identity(self) -> tuple[object, ...]:

@@ -17,9 +17,13 @@ from qgraph.formats import INT8, UINT8, Format, UInt
 from qgraph.spec import Mixture, PerTensor, QuantSpec, Scheme
 from qgraph.targets import Target
 
-__all__ = ["QCONFIGS", "QCONFIG_NOTE", "QCONFIG_USELESS", "QConfig", "with_qconfig"]
+__all__ = ["OBSERVER", "QCONFIGS", "QCONFIG_NOTE", "QCONFIG_USELESS", "QConfig", "with_qconfig"]
 
-_OBSERVER = "torch-histogram"
+OBSERVER = "torch-histogram"
+"""Of the activations, whose `range` is that of PyTorch's HistogramObserver."""
+_FUSED = frozenset({"Relu"})
+"""What PyTorch fuses into the layer before it. ReLU6 and Hardtanh are operators of their own there, which share scale,
+zero point and observer with what they read: the observer sees it before and after."""
 QCONFIG_NOTE = (
     "Static ranges are those of PyTorch's qconfig {!r}: no channels are scaled, no ranges fitted and no roundings "
     "learned, which would change them or what they are of."
@@ -71,6 +75,8 @@ def with_qconfig(target: Target, name: str) -> Target:
         raise OptionError(f"Target {target.name!r} cannot have the ranges of qconfig {name!r}: {why}. {what}.")
     other = copy.copy(target)
     other.schemes = {key: _changed(scheme, QCONFIGS[name]) for key, scheme in target.schemes.items()}
+    if target.clips_codes:
+        other.absorbed = tuple(operator for operator in target.absorbed if operator in _FUSED)
     return other
 
 
@@ -112,6 +118,6 @@ def _part(scheme: Scheme, qconfig: QConfig) -> Scheme:
     places = scheme.weight.granularity if qconfig.per_channel else PerTensor()
     return dataclasses.replace(
         scheme,
-        activation=QuantSpec(codes, observer=_OBSERVER, torch=True),
+        activation=QuantSpec(codes, observer=OBSERVER, torch=True),
         weight=QuantSpec(INT8, places, symmetric=True, observer="minmax", torch=True),
     )

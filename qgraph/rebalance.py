@@ -16,8 +16,12 @@ from qgraph.layouts import along
 from qgraph.spec import Scheme
 from qgraph.spread import Edit, Layout
 from qgraph.targets import Refusal, Target
+from qgraph.targets.cpu_checks import finite
 
-__all__ = ["Change", "Rebalance"]
+__all__ = ["FACTOR", "Change", "Rebalance"]
+
+FACTOR = "qgraph.factor"
+"""Key in `Node.meta` of a Mul that only makes what stands behind it easier to quantize."""
 
 _WEIGHT = 4096
 """Elements from which a constant is a weight that must not be stored twice."""
@@ -61,6 +65,12 @@ class Rebalance:
         self._groups = scaling.find(main)
         # What these make may be of any size: only its error relative to itself says something.
         self._scalable = {node for group in self._groups if group.free.any() for node in group.makers}
+        # Each hurdle is looked for once: a long chain of sums is one group, in which every layer meets the same one.
+        self._why: dict[ir.Value, str | None] = {}
+        for group in self._groups:
+            reason = next(iter(group.reasons), None)
+            for value, free in group.values.items():
+                self._why.setdefault(value, None if free else reason)
         self._taken: set[str] | None = None
 
     def groups(self) -> Iterator[tuple[scaling.Group, list[ir.Node]]]:
@@ -103,6 +113,7 @@ class Rebalance:
         factor = ir.Tensor((1.0 / found.scale).astype(np.float32))
         by = graph.add_initializer(self._main, factor, self._name(f"{value.name}_smoothing"))
         product = ir.Node("", "Mul", [value, by], name=self._name(f"{value.name}_Mul"))
+        product.meta[FACTOR] = True
         made = product.outputs[0]
         made.name, made.type, made.shape = self._name(f"{value.name}_smooth"), value.type, value.shape
         if graph.RUN_SHAPE in value.meta:
@@ -118,7 +129,10 @@ class Rebalance:
         """Note for each of these layers that was not looked at why its input could not be scaled."""
         seen = {name for change in self.changes for name in change.readers} | self.refused.keys()
         for node in nodes:
-            why = None if graph.label(node) in seen else scaling.hurdle(node)
+            source = node.inputs[0]
+            if graph.label(node) in seen or source is None:
+                continue
+            why = self._why[source] if source in self._why else scaling.hurdle(node)
             if why is not None:
                 self.refused[graph.label(node)] = why
 
@@ -131,10 +145,14 @@ class Rebalance:
                 self.refused[graph.label(node)] = "it has no integer kernel"
                 continue
             sample, bounds = node.meta[self._sample], node.meta[self._bounds]
+            weight = node.inputs[kernel.weight[0]]
+            if weight is None or not finite(weight) or not np.isfinite(bounds).all():
+                self.refused[graph.label(node)] = "its weight or what it reads holds NaN or infinity"
+                continue
             activation = kernel.activations.get(0)
             apart: Apart | None = node.meta.get(APART)
-            weight, relative = kernel.weight[1], node in self._scalable
-            found.append(Reader(node, sample, bounds, index, activation, weight, relative, apart))
+            relative = node in self._scalable
+            found.append(Reader(node, sample, bounds, index, activation, kernel.weight[1], relative, apart))
         return found
 
     def _shared(self, divided: Mapping[tuple[ir.Node, int], bool], surveyed: Sequence[ir.Node]) -> bool:

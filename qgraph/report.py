@@ -27,6 +27,7 @@ __all__ = [
     "Speed",
     "Step",
     "ValueHistogram",
+    "WrittenFile",
 ]
 
 
@@ -167,6 +168,7 @@ class Sensitivity:
         exact: measured end to end; otherwise estimated from the node's own output.
         saved: seconds that the kernel saves on one thread, by estimate or profile; None where the target's costs are
             no times.
+        failed: why it could not be measured, where that was tried; else an empty text.
     """
 
     node: str
@@ -175,6 +177,7 @@ class Sensitivity:
     noise: float
     exact: bool
     saved: float | None
+    failed: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +201,20 @@ class ValueHistogram:
     sqnr: float
 
 
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """One file of what was written: its name beside the model, its size, and its SHA-256 in hexadecimal digits."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
 @dataclasses.dataclass
 class Report:
-    """Everything about one optimization; `sha256` is that of the output's .onnx file, by which they are told to match.
+    """Everything about one optimization; by `sha256`, of the output's .onnx file, and `files` they are told to match.
 
-    It stays None where no file was written.
+    `files` holds that file and each of its external data. They stay None and empty where no file was written.
     """
 
     source: str
@@ -211,6 +223,7 @@ class Report:
     runtime: str
     output: str | None = None
     sha256: str | None = None
+    files: list[WrittenFile] = dataclasses.field(default_factory=list[WrittenFile])
     check: str = "whole"
     calibration_samples: int = 0
     seconds: float = 0.0

@@ -43,6 +43,9 @@ def round_together(
         float32 of `scaled`'s shape. For no output is `weighted_error` larger than that of rounding to nearest.
     """
     scaled = np.asarray(scaled, np.float32)
+    # By a power of two, which changes no digit: squares of what float32 holds need not fit into it.
+    largest = np.einsum("gii->gi", moment).max(axis=1, initial=0.0)
+    moment = np.ldexp(moment, -np.frexp(largest)[1][:, None, None])
     nearest = np.clip(np.rint(scaled), lowest, highest)
     # Inputs that matter most are rounded first, while all others are still free to make good for them.
     order = np.argsort(np.einsum("gii->gi", moment), axis=1, kind="stable")

@@ -47,6 +47,7 @@ class Group:
         readers: layer -> the channel of each of its input channels, [input channels].
         makers: the nodes whose constants are divided.
         reasons: why channels are frozen -> the value where that was found.
+        values: those that were looked at -> whether any of their channels is free.
     """
 
     free: NDArray[np.bool_]
@@ -54,6 +55,7 @@ class Group:
     readers: dict[ir.Node, Layout]
     makers: set[ir.Node]
     reasons: dict[str, str]
+    values: dict[ir.Value, bool]
 
 
 def find(main: ir.Graph) -> list[Group]:
@@ -119,7 +121,9 @@ def _group(spread: Spread) -> Group:
             channels = only(spread.layouts[source], 1 if edit.node.op_type.startswith("Conv") else -1)
             if channels is not None:
                 readers[edit.node] = channels
-    return Group(spread.free, edits, readers, {edit.node for edit in edits if edit.divides}, spread.reasons)
+    # Where nothing is free the search has stopped, and has not seen all that there is.
+    values = {value: bool(spread.free[layout[layout >= 0]].any()) for value, layout in spread.layouts.items()}
+    return Group(spread.free, edits, readers, {edit.node for edit in edits if edit.divides}, spread.reasons, values)
 
 
 def absorb(main: ir.Graph, edits: Iterable[Edit], scale: Scales, name: Callable[[str], str]) -> None:

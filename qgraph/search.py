@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from qgraph import mixing, pricing
+from qgraph.bracket import Bracket
 from qgraph.builder import Builder, Built, digest
 from qgraph.compare import Runnable
 from qgraph.errors import AuditError, DataError, ExecutionError, NothingQuantizedError, QuantizationError
+from qgraph.few_bits import Order
 from qgraph.judge import Judge
 from qgraph.noises import Noises
 from qgraph.sensitivity import Estimate, total
@@ -25,10 +27,9 @@ from qgraph.trials import NEAR, Trial, Trials
 
 __all__ = ["Search"]
 
-_STEPS, _MATTER, _MARGIN = 12, 8, 0.9
-_KEPT = 3
+_STEPS, _MATTER, _KEPT, _WORTH = 12, 8, 3, 0.8
 _LEARNING, _MEASURING = 0.5, 0.4
-_WORTH = 0.8
+_BOLDER = 3  # Trials with the schemes that the first candidate does without, where that one is within the budget.
 _LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
 _HOPELESS = 4.0  # Times the allowed loss that learned roundings will not make up for: they gain up to 5 dB.
 FLOAT = "fp32"
@@ -73,24 +74,19 @@ class Search:
         self._tariff = pricing.Tariff(builder.assignment, self.noises.values, self._sum)
         for trial in trials.trials.values():
             # What an earlier search knew of times is not known here.
-            trial.saved, trial.speed = self._sum(trial.assignment), {}
+            trial.saved, trial.speed, trial.twin = self._sum(trial.assignment) - trial.paid, {}, {}
         self._longest = 0.0
         self._limit = deadline - time.monotonic()
         self._unlimited = unlimited
         self._glance = glance
         self._bits = bits
+        self.order: Order | None = None  # Of schemes, some of which are tried last.
         self._forced: dict[tuple[str, str], float] | None = None
 
     def within(self) -> list[str]:
         """Digests of the trials within the budget, fastest by estimate first."""
-        good = [(k, t) for k, t in self.trials.trials.items() if t.within or (self._unlimited and not t.failed)]
-        if self._bits is not None:
-            # The float graph is within any budget of accuracy, and not within this size.
-            good = [(key, trial) for key, trial in good if trial.assignment]
-        # Of what no clock tells apart, variants of one assignment among it, the more faithful one goes first.
-        best = max((trial for _, trial in good), key=lambda trial: trial.saved, default=None)
-        rank = {key: math.inf if best and trial.rivals(best) else round(trial.saved, 9) for key, trial in good}
-        return [key for key, _ in sorted(good, key=lambda one: (-rank[one[0]], one[1].strain, one[0]))]
+        # The float graph is within any budget of accuracy, and not within a size.
+        return self.trials.within(self._unlimited, quantized=self._bits is not None)
 
     def get(self, key: str) -> Built:
         """The files of a trial, built again if they are gone or were never here."""
@@ -108,7 +104,7 @@ class Search:
         """Take measured times, (node, scheme) -> (in float, in it), in place of estimates; also for what was tried."""
         self._saved.update({key: before - after for key, (before, after) in measured.items()})
         for trial in self.trials.trials.values():
-            trial.saved = self._sum(trial.assignment)
+            trial.saved = self._sum(trial.assignment) - trial.paid
 
     def _sum(self, assignment: Mapping[str, str]) -> float:
         return sum(self._saved.get(pair, 0.0) for pair in assignment.items())
@@ -121,9 +117,16 @@ class Search:
         fastest = self._first()
         if fastest is None:
             return
-        first = fastest if self._bits is not None else self._finer(fastest)
+        if self.order is not None and self.order.last and fastest.within:
+            self._narrow(fastest, _BOLDER)
+            return
+        if self.order is not None and self._late():
+            self._try(0.0, "most bits", self._without(self.order.others))
+            return
+        first = fastest if self._bits is not None else self._multiplied(self._finer(fastest))
         if self._late() or self._learn(first) or self._bits is not None or first.within or self._unlimited:
             if first is not fastest and not self._late():
+                self.builder.variant = fastest.variant
                 self._learn(fastest)  # The clock may tell them apart after all.
             return
         # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
@@ -141,7 +144,8 @@ class Search:
             if best is not None and not self.builder.differs():
                 continue
             name = "fastest" if self._forced is None else f"{self._bits:g} bits"
-            trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", self._forced)
+            prices = self._forced or (self._without(self.order.last) if self.order is not None else None)
+            trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", prices)
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant == "explicit" else 1.0
             if trial is None:
@@ -154,6 +158,10 @@ class Search:
         if best is not None:
             self.builder.variant = best.variant
         return best
+
+    def _without(self, schemes: Collection[str]) -> dict[tuple[str, str], float] | None:
+        """Prices that leave out some schemes; None for no prices."""
+        return {key: math.inf for key in self._saved if key[1] in schemes} or None
 
     def _sized(self, bits: float) -> dict[tuple[str, str], float]:
         """Prices that leave the schemes only that lose least within `bits` for each weight on average."""
@@ -187,13 +195,25 @@ class Search:
         trial = None if price is None else self._try(price, "finer")
         return trial if trial is not None and trial.rivals(first) and trial.strain < first.strain else first
 
+    def _multiplied(self, first: Trial) -> Trial:
+        """The same assignment with channels scaled by multiplications, where these take no time that a clock shows."""
+        trial, before = None, first.variant
+        if not self._late() and not self.builder.fixed and "explicit" in self.builder.variants and first.saved > 0.0:
+            self.builder.variant = "explicit"
+            if before != "explicit" and self.builder.differs():
+                trial = self._try(0.0, f"{first.name}, explicit", pricing.only(first.assignment, self._saved))
+        if trial is not None and trial.rivals(first) and trial.strain < _WORTH * first.strain:
+            return trial
+        self.builder.variant = before
+        return first
+
     def _learn(self, first: Trial) -> bool:
         """Try the fastest with learned roundings where there is time: all that is left if the fastest is within."""
         done = first.within or self._unlimited
-        seconds, left = self.builder.learning_seconds(), self.deadline - time.monotonic()
+        seconds, left = self.builder.learning_seconds(first.assignment), self.deadline - time.monotonic()
         if (self.builder.fixed if done else first.strain > _HOPELESS) or seconds <= 0:
             return False
-        if seconds >= (left if done else _LEARNING * self._limit):
+        if seconds >= (left if done else min(_LEARNING * self._limit, left)):
             return False
         self.builder.learns = True
         key = self._key(first.assignment, learned=True)
@@ -226,9 +246,7 @@ class Search:
         except NothingQuantizedError:
             return None
         except (AuditError, ExecutionError, QuantizationError) as error:
-            trial = Trial(self.trials.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
-            self.trials.add(key, trial)
-            return trial
+            return self.trials.fail(key, name, assignment, error)
         # The audit may have taken nodes out.
         if (key := self._key(built.assignment, learned)) in self.trials.trials:
             built.staged.discard()
@@ -244,16 +262,16 @@ class Search:
             if not assignment:
                 raise  # Where even the float graph cannot be judged, nothing can.
             built.staged.discard()
-            failed = Trial(self.trials.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
-            self.trials.add(key, failed)
+            self.trials.fail(key, name, assignment, error)
             return
-        loss = next(iter(verdict.losses.values()), 0.0)
-        sqnr = verdict.fidelity.worst.sqnr
-        trial = Trial(self.trials.unique(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment))
+        loss, sqnr = next(iter(verdict.losses.values()), 0.0), verdict.fidelity.worst.sqnr
+        paid = self.builder.paid(built)
+        trial = Trial(self.trials.unique(name), assignment, loss, verdict.strain, sqnr, self._sum(assignment) - paid)
         trial.disk, trial.variant, trial.learned = built.staged.nbytes, self.builder.variant, learned
-        trial.stored = built.stored
+        trial.stored, trial.paid = built.stored, paid
         if self._glance is not None:
             trial.speed = self._glance(built.runnable)
+            trial.twin = dict(self.trials.trials[digest({})].speed) if trial.stored else {}
         self.built[key] = built
         self.trials.add(key, trial)
         self._let_go()
@@ -264,36 +282,19 @@ class Search:
         for key in [key for key in self.built if key not in keep]:
             self.built.pop(key).staged.discard()
 
-    def _narrow(self, first: Trial) -> None:
+    def _narrow(self, first: Trial, steps: int = _STEPS) -> None:
         """Bisect the price between the last that is outside the budget and the first that is within."""
         noises = self.noises.values()
-        fails, holds = 0.0, math.inf
         saving = sum(max(self._saved[pair], 0.0) for pair in first.assignment.items() if pair in self._saved)
-        unit = max(saving, 1e-9) / max(total(noises, first.assignment), 1e-30)
-        aim = total(noises, first.assignment) / max(first.strain, 1.0) * _MARGIN
-        tried: set[str] = {self._key(first.assignment, self.builder.learns)}
-        for step in range(_STEPS):
-            if self._late():
-                return
-            price = pricing.between(aim, fails, holds, unit, self._tariff.noise_at)
+        noise, key = total(noises, first.assignment), self._key(first.assignment, self.builder.learns)
+        bracket = Bracket(noise, first.strain, max(saving, 1e-9) / max(noise, 1e-30), key)
+        for step in range(steps):
+            price = None if self._late() else bracket.price(self._tariff.noise_at)
             if price is None:
                 return
             trial = self._try(price, f"mixed {step + 1}")
             if trial is None:
-                holds = price
-                aim = math.inf
+                bracket.nothing(price)
             else:
                 key = self._key(trial.assignment, trial.learned)
-                noise = total(noises, trial.assignment)
-                if trial.within:
-                    holds = price
-                    # Look for one that loses a little more.
-                    aim = noise / max(trial.strain, 0.05) * _MARGIN
-                else:
-                    fails = price
-                    aim = noise / min(max(trial.strain, 1.05), 1e6) * _MARGIN
-                if key in tried:
-                    aim = math.inf
-                tried.add(key)
-            if not math.isinf(holds) and fails > 0 and holds / fails < 1.1:
-                return
+                bracket.tried(price, total(noises, trial.assignment), trial.strain, key)

@@ -9,6 +9,7 @@ measured for few nodes (`measured`) and taken from the median of these for the o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,8 +85,16 @@ def noise_of(node: ir.Node, kernel: Kernel, learned: bool = False) -> float:
     Of movers of codes: what rounds a product for them, else 0. With `learned`, the rounding of the weight will be
     learned, which is known only once it is done.
 
-    No scale holds an infinite range: then all of it.
+    What no scale holds, an infinite range or a weight that is not finite, is noise as a whole.
     """
+    try:
+        found = _noise(node, kernel, learned)
+    except QuantizationError:
+        return 1.0
+    return found if math.isfinite(found) else 1.0
+
+
+def _noise(node: ir.Node, kernel: Kernel, learned: bool) -> float:
     if kernel.shares:
         return _moved(node)
     if kernel.form is Form.HALF:
@@ -102,8 +111,10 @@ def noise_of(node: ir.Node, kernel: Kernel, learned: bool = False) -> float:
         sample = _drawn(node)
     if sample is None or kernel.weight is None:
         return _UNKNOWN
-    signal, noise = _powers(node, kernel, sample, learned)
-    graph.release(node.inputs[kernel.weight[0]])
+    try:
+        signal, noise = _powers(node, kernel, sample, learned)
+    finally:
+        graph.release(node.inputs[kernel.weight[0]])
     return noise / signal if signal > 0 else 0.0
 
 
@@ -159,9 +170,7 @@ def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32], learned:
     weight = graph.constant(node.inputs[position])
     assert weight is not None
     if not np.isfinite(weight).all():
-        raise QuantizationError(
-            f"The weight of {graph.label(node)} is not finite: mend the model, or keep it in float."
-        )
+        raise QuantizationError(f"The weight of {graph.label(node)} is not finite.")
     rows = sample.reshape(len(sample), -1)
     apart: Apart | None = node.meta.get(APART) if kernel.form is Form.QDQ else None
     if apart is not None:

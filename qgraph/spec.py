@@ -90,6 +90,11 @@ class Scheme:
         return (self,)
 
     @property
+    def held(self) -> Scheme | None:
+        """Another scheme for the weights in the file; a mixture may have one."""
+        return None
+
+    @property
     def bits(self) -> int:
         """Stored bits of a weight, its scale not counted."""
         return self.weight.format.storage.bitwidth
@@ -117,11 +122,19 @@ class Scheme:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several schemes in one graph, each node in the one that suits it; without any, everything stays in float."""
+    """Several schemes in one graph, each node in the one that suits it; without any, everything stays in float.
+
+    Attributes:
+        name: what the user calls it.
+        parts: the schemes.
+        pipeline: name of the pipeline that brings a model into it.
+        held: the scheme whose codes the weights of products have in the file, whatever computes with them.
+    """
 
     name: str
     parts: tuple[Scheme, ...]
     pipeline: str = "quantize"
+    held: Scheme | None = None
 
     @property
     def static(self) -> bool:
@@ -135,7 +148,8 @@ class Mixture:
 
     def in_blocks(self, size: int) -> Mixture:
         """The same with blocks of `size` weights, where there are blocks."""
-        return dataclasses.replace(self, parts=tuple(part.in_blocks(size) for part in self.parts))
+        parts = tuple(part.in_blocks(size) for part in self.parts)
+        return dataclasses.replace(self, parts=parts, held=self.held and self.held.in_blocks(size))
 
 
 BIAS = QuantSpec(INT32, PerAxis(0), symmetric=True, observer="minmax")

@@ -139,6 +139,8 @@ def show_sensitivity(console: Console, found: list[Sensitivity], every: bool) ->
     for one in shown:
         alone = decibels(-10 * math.log10(one.noise)) if one.noise > 0 else "identical"
         how = "measured" if one.exact else Text("estimated", style="dim")
+        if one.failed:
+            how = Text(f"estimated, since it cannot be built: {one.failed}", style="yellow")
         table.add_row(
             Text(one.node), one.op_type, one.scheme, alone, "" if one.saved is None else milliseconds(one.saved), how
         )
@@ -183,7 +185,7 @@ def show_fidelity(console: Console, fidelity: Fidelity) -> None:
         table.add_row(Text(name), decibels(error.sqnr), f"{error.cosine:.6f}", f"{error.max_error:.3g}", same)
     console.print(table)
     for name, what in fidelity.skipped.items():
-        console.print(Text(f"not compared: {name}, which has {what}", style="yellow"))
+        console.print(Text(f"{name} has {what}", style="yellow"))
     apart = "" if fidelity.held_back else ", which calibration has seen"
     console.print(
         f"on {runs(fidelity.samples)}{apart}; SQNR: signal over error, 20 dB is an error of 10 %, 40 dB of 1 %",

@@ -42,6 +42,8 @@ class Trial:
         variant: how channels are scaled, see `Builder`.
         learned: whether its ranges and roundings are learned.
         stored: whether it runs in the float graph's own kernels, and only its file is smaller.
+        paid: seconds that multiplications take which scale channels, by the target's costs.
+        twin: of a stored one, what was measured of the float graph: threads -> times faster than the original.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Trial:
     variant: str = "none"
     learned: bool = False
     stored: bool = False
+    paid: float = 0.0
+    twin: dict[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     @property
     def within(self) -> bool:
@@ -67,16 +71,26 @@ class Trial:
         return 0 < NEAR * fastest.saved <= self.saved and self.disk <= _LARGER * fastest.disk
 
     @property
+    def _ratios(self) -> list[float]:
+        """Times faster than the original, as far as the clock tells.
+
+        What is stored runs in the kernels of the float graph: where the clock shows no more between the two than its
+        own noise, on a busy machine more than a tenth, it has timed one thing twice, and the better time holds.
+        """
+        alike = [(ratio, self.twin.get(threads, 0.0)) for threads, ratio in self.speed.items()]
+        if self.stored and all(ratio >= _SAME * twin for ratio, twin in alike):
+            return [max(pair) for pair in alike]
+        return list(self.speed.values())
+
+    @property
     def slowest(self) -> float:
         """Least measured ratio; below 1 is slower than the original. 1 when nothing was timed."""
-        least = min(self.speed.values(), default=1.0)
-        # Between the same kernels, what differs is the clock's, on a busy machine more than a tenth.
-        return 1.0 if self.stored and least >= _SAME else least
+        return min(self._ratios, default=1.0)
 
     @property
     def rate(self) -> float:
         """One number for the speed at all thread counts: their product; slower than the original at any counts so."""
-        product = math.prod(self.speed.values())
+        product = math.prod(self._ratios)
         return product if self.slowest >= 1.0 else min(product, self.slowest)
 
     def words(self, metric: str) -> str:
@@ -154,6 +168,26 @@ class Trials:
         """Remember, and save."""
         self.trials[digest] = trial
         self.save()
+
+    def within(self, unlimited: bool, quantized: bool) -> list[str]:
+        """Digests of those within the budget, fastest by estimate first.
+
+        Args:
+            unlimited: whether the budget does not count.
+            quantized: whether what quantizes nothing is left out.
+        """
+        good = [(k, t) for k, t in self.trials.items() if t.within or (unlimited and not t.failed)]
+        good = [(key, trial) for key, trial in good if trial.assignment or not quantized]
+        # Of what no clock tells apart, variants of one assignment among it, the more faithful one goes first.
+        best = max((trial for _, trial in good), key=lambda trial: trial.saved, default=None)
+        rank = {key: math.inf if best and trial.rivals(best) else round(trial.saved, 9) for key, trial in good}
+        return [k for k, _ in sorted(good, key=lambda one: (-rank[one[0]], one[1].strain, -one[1].saved, one[0]))]
+
+    def fail(self, digest: str, name: str, assignment: dict[str, str], error: Exception) -> Trial:
+        """Remember that a candidate could not be had."""
+        trial = Trial(self.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))
+        self.add(digest, trial)
+        return trial
 
     def unique(self, wanted: str) -> str:
         """A label that no trial has: a search may come by a second time."""

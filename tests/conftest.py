@@ -11,10 +11,12 @@ import onnx.numpy_helper
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 from onnx_ir.passes import common
 
-from qgraph import bench, graph, registry
+from qgraph import bench, graph, observers, registry
 from qgraph.calibration import CHANNELS, SAMPLE
+from qgraph.cli import main
 from qgraph.data import inputs_of, load
 from qgraph.formats import INT8, UINT8
 from qgraph.pipeline import Context
@@ -251,3 +253,37 @@ def work(net, model_kit, tmp_path, monkeypatch):
     ir.save(net, "m.onnx")
     np.savez("d.npz", x=model_kit.normal(12, 16, seed=1))
     return tmp_path
+
+
+@pytest.fixture
+def run():
+    """Calls the command line; what fails in any other way than by an exit code fails the test."""
+
+    def call(*arguments):
+        found = CliRunner().invoke(main, [str(a) for a in arguments], terminal_width=200)
+        assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
+        return found
+
+    return call
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def observed():
+    """Maker of an observer of this name that has seen these arrays, one after the other."""
+
+    def make(name, *samples):
+        observer = observers.create(name)
+        for sample in samples:
+            observer.update(sample)
+        return observer
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def frozen():
+    """Gives a statistic's state, to be compared bit for bit."""
+    return lambda one: {key: (a.dtype.str, a.shape, a.tobytes()) for key, a in one.state().items()}

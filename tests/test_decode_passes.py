@@ -143,7 +143,7 @@ def test_shared_codes_stay(model_kit):
 
 def test_reports_name_every_product(model_kit, tmp_path):
     """Through the whole pipeline: three products, planned one by one, are one node and three lines."""
-    from qgraph import builder, outcome
+    from qgraph import built, outcome
     from qgraph.audit import audit, plan_of
 
     sizes = (64, 32, 32)
@@ -155,7 +155,7 @@ def test_reports_name_every_product(model_kit, tmp_path):
     target = model_kit.free()
     after = registry.pipeline("quantize")(Context(target, target.scheme("int4"), None))(model.clone()).model
     assert model_kit.ops(after) == ["MatMulNBits", "Split"]
-    assert builder._assignment(after) == dict.fromkeys(("n0", "n1", "n2"), "int4")
+    assert built.assignment_of(after) == dict.fromkeys(("n0", "n1", "n2"), "int4")
     ir.save(after, tmp_path / "after.onnx")
     found = audit(tmp_path / "after.onnx", plan_of(after), target)
     assert found.clean, found.summary

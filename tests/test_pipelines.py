@@ -118,6 +118,7 @@ def test_pipelines_are_found_by_entry_point():
         "prepare",
         "quantize",
         "scale",
+        "shrink",
         "static",
         "survey",
         "widen",

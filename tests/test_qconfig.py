@@ -293,30 +293,6 @@ def test_nothing_learned_changes_a_scale(model_kit, name):
         assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("name", "kept"), [("fbgemm", True), ("qnnpack", False)])
-def test_a_clip_stays_where_codes_go_on_beyond_it(model_kit, name, kept):
-    # Codes 0 to 127 are meant, and 255 is what QuantizeLinear writes at most.
-    def model():
-        return model_kit.text(
-            """net (float[1, 8, 8, 8] x) => (float[1, 8, 8, 8] y)
-            {
-                a = Conv(x, w1)
-                c = Clip(a, low, high)
-                y = Conv(c, w2)
-            }""",
-            w1=model_kit.normal(8, 8, 1, 1, scale=2.0),
-            w2=model_kit.normal(8, 8, 1, 1, seed=1),
-            low=np.float32(0),
-            high=np.float32(6),
-        )
-
-    feeds = [{"x": feed["x"] * 4} for feed in model_kit.feeds(model(), 8)]
-    made = model_kit.static(model(), feeds, with_qconfig(model_kit.free(), name))
-    assert ("Clip" in model_kit.ops(made)) == kept
-
-    assert model_kit.sqnr(model(), made, feeds) > 20
-
-
 def test_overflow_goes_before_pytorchs_scale(model_kit):
     model = model_kit.text(
         "net (float[1, 4] x) => (float[1, 4] y) { y = Gemm(x, w, b) }",

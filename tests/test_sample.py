@@ -74,10 +74,56 @@ def test_merging_nothing_changes_nothing():
     np.testing.assert_array_equal(sample.items, before)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+SPOILT = st.sampled_from([0.0, 1.0, 7.0, 0.5, np.nan, np.inf, -np.inf])
+
+
+@pytest.mark.parametrize(
+    "patches, shape",
+    [(None, (st.integers(1, 12), st.just(3))), (LOOK, (st.integers(1, 3), st.just(2), st.just(4), st.just(5)))],
+    ids=["rows", "patches"],
+)
+@pytest.mark.parametrize("count", [8, 1000])
+@given(data=st.data())
+def test_only_what_is_not_finite_is_left_out_whatever_else_is_in_its_batch(patches, shape, count, data):
+    spoilt = hnp.arrays(np.float32, st.tuples(*shape), elements=SPOILT, fill=st.sampled_from([0.25, 2.0]))
+    batches = data.draw(st.lists(spoilt, min_size=1, max_size=4))
+    whole = Sample(patches, count)
+    for batch in batches:
+        whole.update(batch)
+    parts = [Sample(patches, count), Sample(patches, count)]
+    for sample in data.draw(st.permutations([sample for batch in batches for sample in batch])):
+        parts[data.draw(st.integers(0, 1))].update(sample[None])
+    parts[0].merge(parts[1])
+    if patches is None:
+        seen = np.concatenate(batches)
+    else:
+        seen = np.concatenate([np.moveaxis(LOOK.windows(b), 1, 3).reshape(-1, 2, 2, 3) for b in batches])
+    seen = seen[np.isfinite(seen).reshape(len(seen), -1).all(axis=1)]
+    if len(seen) == 0:
+        assert whole.items is None and parts[0].items is None
+        return
+    np.testing.assert_array_equal(parts[0].items, whole.items)
+    found, rest = distinct(whole.items), distinct(np.ascontiguousarray(seen))
+    assert found <= rest and len(found) >= min(count - count // 8, len(rest))
+    assert np.abs(whole.items).max() == np.abs(seen).max()
+
+
+def test_a_patch_is_as_finite_as_what_it_looks_at():
+    """One pixel spoils the patches that meet it, not the image, and the others are as they are without it."""
+    image = np.arange(1, 2 * 6 * 7 + 1, dtype=np.float32).reshape(1, 2, 6, 7)
+    spoilt = image.copy()
+    spoilt[0, 1, 2, 3] = np.inf
+    clean, found = Sample(LOOK), Sample(LOOK)
+    clean.update(image)
+    found.update(spoilt)
+    hit = {item.tobytes() for item in clean.items if (item[1] == image[0, 1, 2, 3]).any()}
+    assert hit and distinct(found.items) == distinct(clean.items) - hit
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
 def test_what_is_not_finite_is_left_out(bad):
     sample = Sample()
-    sample.update(np.array([[1, bad]], np.float32))
+    sample.update(np.array([[1, bad]]))
     sample.update(np.zeros((0, 2), np.float32))
     sample.update(np.float32(1))
     assert sample.items is None

@@ -54,7 +54,10 @@ class Builder:
         self.saved, self.refused, self.broken = saved, set(refused), set(broken)
         self.calls, self.learned, self.learning, self.learns = [], 0, 0.0, False
         self.fixed = False
-        self.variants, self.variant, self.calibrated = ("none",), "none", False
+        self.variants, self.variant, self.calibrated, self.fixed = ("none",), "none", False, False
+
+    def paid(self, built):
+        return 0.0
 
     def layers(self):
         return {}
@@ -62,7 +65,7 @@ class Builder:
     def savings(self):
         return dict(self.saved)
 
-    def learning_seconds(self):
+    def learning_seconds(self, assignment):
         return self.learning
 
     def assignment(self, prices=None, scheme=None):
@@ -527,7 +530,7 @@ def test_where_nothing_pays_by_estimate_the_clock_is_asked():
         def layers(self):
             return dict.fromkeys(self.saved, -10.0)
 
-        def learning_seconds(self):
+        def learning_seconds(self, assignment):
             return 0.0
 
     builder = Calibrated(saved)
@@ -561,3 +564,64 @@ def test_the_clock_is_not_asked_between_the_same_kernels():
     assert keys[-1] == "twin" and len(keys) == 2
     best, _ = Race(Clock(), Report()).fastest(search, keys)
     assert best == keys[0] and len(asked) == 1
+
+
+class Scaled(Builder):
+    """Two variants: in the second a multiplication takes some seconds, and noise is a share of what it was."""
+
+    def __init__(self, saved, paid, changes=True):
+        super().__init__(saved)
+        self.variants, self.variant, self.calibrated = ("folded", "explicit"), "folded", True
+        self.seconds, self.changes = paid, changes
+
+    def differs(self):
+        return self.changes
+
+    def paid(self, built):
+        return self.seconds if self.variant == "explicit" else 0.0
+
+
+def _searched_with(paid, share, limit=1.0, changes=True, fixed=False):
+    saved, noise = nodes_of([(10.0, 1e-3), (20.0, 2e-3)])
+    builder = Scaled(saved, paid, changes)
+    builder.fixed = fixed
+
+    class Variant(Judge):
+        def total(self, assignment):
+            whole = super().total(assignment)
+            return whole * share if builder.variant == "explicit" else whole
+
+    search = Search(builder, Variant(noise, limit), list, Trials(None, ""), FOREVER, lambda *_: None)
+    search.run()
+    return search
+
+
+@pytest.mark.parametrize(
+    ("paid", "share", "variant"), [(0.5, 0.5, "explicit"), (2.0, 0.5, "folded"), (0.5, 1, "folded")]
+)
+def test_multiplications_are_taken_where_no_clock_shows_the_time_and_the_loss_is_less(paid, share, variant):
+    search = _searched_with(paid, share)
+    best = best_of(search)
+    assert best.variant == variant
+    explicit = next(trial for trial in search.trials.trials.values() if trial.variant == "explicit")
+    assert explicit.saved == pytest.approx(30 - paid)
+    assert explicit.name == "fastest, explicit"
+
+
+def test_multiplications_are_not_tried_where_nothing_would_be_multiplied_or_ranges_were_asked_for():
+    for changes, fixed in ((False, False), (True, True)):
+        search = _searched_with(0.5, 0.5, changes=changes, fixed=fixed)
+        assert {trial.variant for trial in search.trials.trials.values() if trial.assignment} == {"folded"}
+
+
+def test_the_time_of_multiplications_is_kept_with_the_state(tmp_path):
+    search = _searched_with(0.5, 0.5)
+    trials = Trials(tmp_path / "state.json", "key")
+    for key, trial in search.trials.trials.items():
+        trials.add(key, trial)
+    again = Search(
+        Scaled({("a", "int8"): 10.0}, 0.5), Judge({}, 1.0), list, Trials(tmp_path / "state.json", "key"), FOREVER, print
+    )
+    explicit = next(trial for trial in again.trials.trials.values() if trial.variant == "explicit")
+    assert explicit.paid == 0.5
+    assert explicit.saved == again._sum(explicit.assignment) - 0.5

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from onnx_ir.passes import common
+from qgraph.passes.drop_factors import DropFactors
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.survey import Survey
 
 from qgraph.calibration import CHANNELS, SAMPLE
 from qgraph.data import inputs_of, load
-from qgraph.targets import Refusal
+from qgraph.targets import KERNEL, Refusal
 
 WIDTH = 24
 
@@ -150,3 +151,32 @@ def test_layers_without_a_kernel_are_left(model_kit, norm):
     one = Smooth(target, target.scheme("int8"))
     assert not one(model).modified
     assert set(one.refused) == {"q", "k", "v"}
+
+
+def test_products_that_stay_in_float_lose_their_mul(smoothed, build, model_kit):
+    n, gain = model_kit.normal, outliers(np.random.default_rng(1), WIDTH)
+    model, feeds = build(
+        """n = LayerNormalization (x, g, b)
+        [q] q0 = MatMul (n, Q) [k] k0 = MatMul (n, K) [v] v0 = MatMul (n, V)
+        q1 = Tanh (q0) k1 = Tanh (k0) v1 = Tanh (v0) y = Sum (q1, k1, v1) z = Abs (n)""",
+        head="(float[1,16,24] x) => (float[1,16,p] y, float[1,16,24] z)",
+        g=gain, b=n(WIDTH) * gain, Q=n(WIDTH, 32) / gain[:, None] / 9, K=n(WIDTH, 32, seed=1) / gain[:, None] / 9,
+        V=n(WIDTH, 32, seed=2) / gain[:, None] / 9,
+    )  # fmt: skip
+    after, _ = smoothed(model)
+    assert model_kit.ops(after).count("Mul") == 1
+    products = [node for node in after.graph if node.op_type == "MatMul"]
+    target = model_kit.free()
+    for node in products[1:]:
+        node.meta[KERNEL] = target.kernel(node, target.scheme("int8"))
+    # One of the three stays in float, and the Mul stays for the others.
+    some = DropFactors()(after.clone()).model
+    assert model_kit.ops(some).count("Mul") == 1
+    assert [node.inputs[0].name for node in some.graph if node.op_type == "MatMul"].count("n") == 1
+    model_kit.same(model, some, feeds[:2])
+    for node in products:
+        node.meta.pop(KERNEL, None)
+    none = DropFactors()(after).model
+    assert "Mul" not in model_kit.ops(none)
+    assert "Q_scaled" not in none.graph.initializers
+    model_kit.same(model, none, feeds[:2])

@@ -3,10 +3,10 @@
     python tools/generate.py ORIGINAL OTHER [--data prompts.npz] [--prompt 32] [--tokens 64]
 
 Both continue the same prompts, token by token, each reading the cache that it wrote. Shown are the share of tokens that
-are equal, with the first difference of each prompt; the same share where the other is given the original's tokens at
-each step, so that one difference does not make all that follow differ; and tokens per second of prompt and generation,
-in alternating blocks, one live session at a time, at each number of threads. Prompts are `input_ids` of an .npz file,
-or random tokens.
+are equal up to the first difference of each prompt, behind which the two read different texts; the share of all that
+are equal where the other is given the original's tokens at each step; and tokens per second of prompt and generation,
+in alternating blocks, one live session at a time, at each number of threads. Prompts are the beginnings of `input_ids`
+of an .npz file, or random tokens.
 """
 
 from __future__ import annotations
@@ -83,6 +83,38 @@ class Generator:
         return tokens, middle - start, time.perf_counter() - middle
 
 
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How far one decoder's greedy texts are another's.
+
+    Attributes:
+        free: share of tokens before the first difference of each text.
+        forced: share of tokens that are equal where both read the original's.
+        first: place of the first difference of each text; None where there is none.
+    """
+
+    free: float
+    forced: float
+    first: tuple[int | None, ...]
+
+    @staticmethod
+    def of(expected: list[list[int]], free: list[list[int]], forced: list[list[int]]) -> Agreement:
+        """From the original's texts, the other's own, and those that it wrote while it read the original's."""
+        first = tuple(
+            next((at for at, (a, b) in enumerate(zip(*pair, strict=True)) if a != b), None)
+            for pair in zip(expected, free, strict=True)
+        )
+        length = len(expected[0])
+        alike = np.mean([length if at is None else at for at in first]) / length
+        return Agreement(float(alike), float((np.array(expected) == np.array(forced)).mean()), first)
+
+
+def agreement(first: Generator, second: Generator, prompts: list[NDArray[np.integer[Any]]], tokens: int) -> Agreement:
+    """Of `tokens` greedy tokens behind each of `prompts` [1, length]."""
+    expected = texts(first, prompts, tokens)
+    return Agreement.of(expected, texts(second, prompts, tokens), texts(second, prompts, tokens, expected))
+
+
 def _prompts(data: Path | None, first: Generator, count: int, length: int) -> list[NDArray[np.integer[Any]]]:
     if data is None:
         rng = np.random.default_rng(0)
@@ -96,7 +128,7 @@ def _prompts(data: Path | None, first: Generator, count: int, length: int) -> li
 @click.argument("original", type=_FILE)
 @click.argument("other", type=_FILE)
 @click.option("--data", type=_FILE, help="Prompts: input_ids of an .npz file.")
-@click.option("--prompts", "count", default=4, show_default=True, help="Number of prompts compared.")
+@click.option("--prompts", "count", default=32, show_default=True, help="Number of prompts compared.")
 @click.option("--prompt", "length", default=32, show_default=True, help="Tokens of a prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens to generate.")
 @click.option("--threads", multiple=True, default=(1, 2), show_default=True, help="Intra-op threads.")
@@ -108,16 +140,14 @@ def main(
     """Compare and time two decoders."""
     first, second = Generator(original), Generator(other)
     prompts = _prompts(data, first, count, length)
-    expected = _texts(first, prompts, tokens)
-    free, forced = _texts(second, prompts, tokens), _texts(second, prompts, tokens, expected)
-    same, held = (np.mean([[a == b for a, b in zip(*pair, strict=True)] for pair in zip(expected, found, strict=True)])
-                  for found in (free, forced))  # fmt: skip
-    where = [next((i for i, (a, b) in enumerate(zip(*p, strict=True)) if a != b), None)
-             for p in zip(expected, free, strict=True)]  # fmt: skip
+    found = agreement(first, second, prompts, tokens)
     console = Console(width=120)
-    console.print(f"{len(prompts)} prompts of {length} tokens, {tokens} generated: {same:.1%} equal, first difference "
-                  f"at {', '.join('none' if at is None else str(at) for at in where)}")  # fmt: skip
-    console.print(f"given the original's tokens: {held:.1%} equal")
+    same = sum(at is None for at in found.first)
+    places = [at for at in found.first if at is not None]
+    where = f"; the others differ first at token {int(np.median(places))} (median)" if places else ""
+    console.print(f"{len(prompts)} prompts of {length} tokens, {tokens} generated each:")
+    console.print(f"  by itself: {found.free:.1%} equal before the first difference, {same} texts to the end{where}")
+    console.print(f"  given the original's tokens: {found.forced:.1%} equal")
     if not blocks:
         return
     table = Table("threads", "prompt, tokens/s", "", "gain", "generated, tokens/s", "", "gain", "range")
@@ -134,9 +164,10 @@ def main(
     console.print(table)
 
 
-def _texts(
+def texts(
     one: Generator, prompts: list[NDArray[np.integer[Any]]], tokens: int, forced: list[list[int]] | None = None
 ) -> list[list[int]]:
+    """Greedy tokens behind each prompt; `forced` ones are read in place of its own."""
     with Session(one.path, SessionOptions()) as session:
         return [one.generate(session, p, tokens, forced[i] if forced else None)[0] for i, p in enumerate(prompts)]
 

@@ -45,6 +45,10 @@ class Runs:
         """The next run's feeds; None after the last."""
         return next(self._left, None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runs:
+        """From the beginning; a generator cannot be copied."""
+        return type(self)(self._paths[0].parent)
+
     def rewind(self) -> None:
         """Begin again."""
         self._left = iter(self)
@@ -56,18 +60,30 @@ def reader(base: Any, runs: Runs) -> Any:
 
 
 def qgraph(variant: str, model: Path, runs: Runs, output: Path) -> None:
-    """The default command, or with the observer or scheme that `variant` names; it times and may refuse its result."""
+    """The default command, or with the observer or scheme that `variant` names; it times and may refuse its result.
+
+    A number behind a scheme is the size of its blocks: `int4-32`.
+    """
     import qgraph
     from qgraph.observers import OBSERVERS
 
     chosen: dict[str, Any] = {}
+    name, _, size = variant.rpartition("-")
+    if name and size.isdigit():
+        variant, chosen = name, {"block_size": int(size), "force": True}
     if variant:
-        chosen = {"observer" if variant in OBSERVERS else "scheme": variant}
+        chosen["observer" if variant in OBSERVERS else "scheme"] = variant
     qgraph.optimize(model, output, data=list(runs), options=qgraph.Options(**chosen))
 
 
 def ort(variant: str, model: Path, runs: Runs, output: Path) -> None:
-    """onnxruntime: `default`, `u8s8` (per-channel), `u8s8-tensor`, `u8s8-matmul`, `percentile`, `dynamic`."""
+    """onnxruntime: `default`, `u8s8` (per-channel), `u8s8-tensor`, `u8s8-matmul`, `percentile`, `dynamic`.
+
+    And weights in 4 bits in blocks of 32, 64 or 128: `int4-32` to nearest, `gptq-32`.
+    """
+    if variant.partition("-")[0] in ("int4", "gptq"):
+        _ort_blocks(*variant.split("-"), model=model, runs=runs, output=output)
+        return
     from onnxruntime import quantization as ortq
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -86,6 +102,30 @@ def ort(variant: str, model: Path, runs: Runs, output: Path) -> None:
             ortq.quantize_dynamic(prepared, str(output), per_channel=True, weight_type=ortq.QuantType.QInt8)
         else:
             ortq.quantize_static(prepared, str(output), reader(ortq.CalibrationDataReader, runs), **static[variant])
+
+
+def _ort_blocks(algorithm: str, size: str, *, model: Path, runs: Runs, output: Path) -> None:
+    """onnxruntime's tool for weights in blocks, at the accuracy level that has fast kernels."""
+    from onnxruntime.quantization import CalibrationDataReader
+    from onnxruntime.quantization import matmul_nbits_quantizer as blocks
+
+    configs: dict[str, Any] = {
+        "int4": lambda: blocks.DefaultWeightOnlyQuantConfig(int(size), accuracy_level=4),
+        "hqq": lambda: blocks.HQQWeightOnlyQuantConfig(int(size)),  # Needs torch, as the others do not.
+        "gptq": lambda: blocks.GPTQWeightOnlyQuantConfig(
+            calibration_data_reader=reader(CalibrationDataReader, runs), block_size=int(size)
+        ),
+    }
+    made = blocks.MatMulNBitsQuantizer(
+        str(model), block_size=int(size), accuracy_level=4, algo_config=configs[algorithm]()
+    )
+    made.process()
+    made.model.save_model_to_file(str(output), use_external_data_format=False)
+
+
+def hqq(variant: str, model: Path, runs: Runs, output: Path) -> None:
+    """onnxruntime's HQQ, in an environment that has torch; `variant` is the size of blocks."""
+    _ort_blocks("hqq", variant, model=model, runs=runs, output=output)
 
 
 def nncf(variant: str, model: Path, runs: Runs, output: Path) -> None:
@@ -132,7 +172,7 @@ def quark(variant: str, model: Path, runs: Runs, output: Path) -> None:
 
 
 QUANTIZERS: dict[str, Callable[[str, Path, Runs, Path], None]] = {
-    "qgraph": qgraph, "ort": ort, "nncf": nncf, "inc": inc, "quark": quark,
+    "qgraph": qgraph, "ort": ort, "hqq": hqq, "nncf": nncf, "inc": inc, "quark": quark,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
     pip install torch onnxscript && python tools/train_language_model.py OUT      # about 0.4 s a step on two cores
     python tools/train_language_model.py OUT --steps 6000 --batch 32 --device cuda # a better one, minutes on a GPU
+    python tools/with_cache.py OUT/plain/model.onnx OUT/plain/decoder.onnx          # with a cache, to generate with
 
 Writes OUT/plain/ and OUT/outlier/, each with model.onnx (input `input_ids` int64 [batch, 256], output `logits`
 [batch, 256, 256]), model_calibration.npz (32 sequences of the training files) and model_evaluation.npz (64 sequences

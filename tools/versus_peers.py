@@ -34,6 +34,7 @@ REQUIREMENTS = {
     "nncf": ("nncf", "onnx", "onnxruntime"),
     # The rest of what it imports, which it does not declare.
     "inc": ("onnx-neural-compressor", "prettytable", "psutil", "scipy"),
+    "hqq": ("onnxruntime", "onnx", "onnx_ir", "torch"),
     # The newest runtime that it says it knows.
     "quark": ("amd-quark", "torch", "onnxruntime<=1.28.0"),
 }

@@ -31,16 +31,28 @@ class ChannelMean:
         self._weight = 0
 
     def update(self, array: NDArray[np.floating]) -> None:
-        """Take in all samples of `array`, whose size along `axis` stays the same; empty arrays change nothing."""
+        """Take in all samples of `array`, whose size along `axis` stays the same; empty arrays change nothing.
+
+        Positions that are not finite in all channels, in float32, are left out, whatever else is in their batch; so
+        are samples without any other.
+        """
         if array.size == 0:
             return
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, np.float32)
         axis = self.axis % array.ndim
         if axis == 0:
             array, axis = array[None], 1
         others = tuple(i for i in range(1, array.ndim) if i != axis)
-        means = array.mean(axis=others, dtype=np.float64).astype(np.float32) if others else array.astype(np.float32)
-        if np.isfinite(means).all():
-            self._add(means)
+        finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+        whole = array if finite.all() else array[finite]
+        if len(whole):
+            self._add(whole.mean(axis=others, dtype=np.float64).astype(np.float32) if others else whole)
+        for sample in array[~finite]:
+            rows = np.moveaxis(sample, axis - 1, -1).reshape(-1, array.shape[axis])
+            rows = rows[np.isfinite(rows).all(axis=1)]
+            if len(rows):
+                self._add(rows.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32))
 
     def _add(self, means: NDArray[np.float32]) -> None:
         """Add [samples, channels]."""

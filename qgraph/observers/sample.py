@@ -83,29 +83,53 @@ class Sample:
         self._extreme = _Kept(count // 8)
 
     def update(self, array: NDArray[np.floating]) -> None:
-        """Take in `array`: [..., channels] for rows, [samples, channels, spatial...] for patches."""
-        if array.size == 0 or array.ndim == 0 or not np.isfinite(array).all():
+        """Take in `array`: [..., channels] for rows, [samples, channels, spatial...] for patches.
+
+        Rows, or patches, that are not finite in float32 are left out, whatever else is in their batch.
+        """
+        if array.size == 0 or array.ndim == 0:
             return
-        array = np.asarray(array, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(array, np.float32)
         if self.patches is None:
-            rows = array.reshape(-1, array.shape[-1])
-            hashes = _hash_rows(rows)
-            for kept, keys in ((self._fair, hashes), (self._extreme, _by_size(np.abs(rows).max(axis=1), hashes))):
-                chosen = _smallest(keys, kept.limit)
-                kept.take(keys[chosen], rows[chosen])
+            self._take_rows(array.reshape(-1, array.shape[-1]))
             return
         for image in array:
             # One image at a time: the hashes of all taps of all positions are as large as its channels' windows.
-            rank = image.ndim - 1
-            taps = self._taps(_hash_rows(np.moveaxis(image, 0, -1)), rank).astype(np.uint64)
-            hashes = _mixed((taps * _multipliers(taps.shape[-1])).sum(axis=-1, dtype=np.uint64))
-            sizes = self._taps(np.abs(image).max(axis=0), rank).max(axis=-1).astype(np.float32)
-            windows = self.patches.windows(image[None])[0]
-            keyed = ((self._fair, hashes.reshape(-1)), (self._extreme, _by_size(sizes, hashes).reshape(-1)))
-            for kept, keys in keyed:
-                chosen = _smallest(keys, kept.limit)
-                where = np.unravel_index(chosen, hashes.shape)
-                kept.take(keys[chosen], np.moveaxis(windows[(slice(None), *where)], 0, 1).astype(np.float32))
+            self._take_patches(image, self.patches)
+
+    def _take_rows(self, rows: NDArray[np.float32]) -> None:
+        """Take in rows [n, channels]."""
+        finite = np.isfinite(rows).all(axis=1)
+        rows = rows if finite.all() else rows[finite]
+        if len(rows) == 0:
+            return
+        hashes = _hash_rows(rows)
+        for kept, keys in ((self._fair, hashes), (self._extreme, _by_size(np.abs(rows).max(axis=1), hashes))):
+            chosen = _smallest(keys, kept.limit)
+            kept.take(keys[chosen], rows[chosen])
+
+    def _take_patches(self, image: NDArray[np.float32], patches: Patches) -> None:
+        """Take in the patches of an image [channels, spatial...]."""
+        rank = image.ndim - 1
+        known = np.isfinite(image)
+        places: NDArray[np.intp] | None = None
+        if not known.all():
+            # Padding is finite, so it is what is not that is looked for.
+            spoilt = np.logical_or.reduce(~known, axis=0)
+            places = np.flatnonzero(~self._taps(spoilt, rank).any(axis=-1))
+            if places.size == 0:
+                return
+            image = np.where(known, image, np.float32(0))
+        taps = self._taps(_hash_rows(np.moveaxis(image, 0, -1)), rank).astype(np.uint64)
+        hashes = _mixed((taps * _multipliers(taps.shape[-1])).sum(axis=-1, dtype=np.uint64))
+        sizes = self._taps(np.abs(image).max(axis=0), rank).max(axis=-1).astype(np.float32)
+        windows = patches.windows(image[None])[0]
+        for kept, all_keys in ((self._fair, hashes), (self._extreme, _by_size(sizes, hashes))):
+            keys = all_keys.reshape(-1) if places is None else all_keys.reshape(-1)[places]
+            chosen = _smallest(keys, kept.limit)
+            where = np.unravel_index(chosen if places is None else places[chosen], hashes.shape)
+            kept.take(keys[chosen], np.moveaxis(windows[(slice(None), *where)], 0, 1).astype(np.float32))
 
     def _taps(self, plane: NDArray[Any], rank: int) -> NDArray[Any]:
         """[spatial...] -> [positions..., taps]."""

@@ -19,7 +19,7 @@ from qgraph.observers.exact_products import ExactProducts
 from qgraph.observers.sample import Patches
 from qgraph.qparams import QParams
 
-__all__ = ["Grid", "SecondMoment", "patches_of"]
+__all__ = ["Grid", "SecondMoment", "patches_of", "stride_of"]
 
 _PIECE = 1 << 20
 _POSITIONS = 256
@@ -117,8 +117,7 @@ class SecondMoment:
         windows = self.patches.windows(image[None])[0]
         rank = image.ndim - 1
         positions, taps = windows.shape[1 : 1 + rank], windows.shape[1 + rank :]
-        # Neighbouring patches are alike: of a large image every other one, or fewer, will do.
-        every = max(1, int((np.prod(positions) / _POSITIONS) ** (1 / rank)))
+        every = stride_of(positions)
         windows = windows[(slice(None), *(slice(min(every // 2, size - 1), None, every) for size in positions))]
         positions = windows.shape[1 : 1 + rank]
         inner = image.shape[0] // self.groups
@@ -163,6 +162,11 @@ class SecondMoment:
         else:
             found *= step * step
         return found
+
+
+def stride_of(positions: tuple[int, ...]) -> int:
+    """Of how many patches along each dimension one is taken: neighbouring ones are alike, so not all of many."""
+    return max(1, int((np.prod(positions) / _POSITIONS) ** (1 / len(positions))))
 
 
 def patches_of(node: ir.Node) -> Patches | None:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from qgraph import errors
+from qgraph.float_formats import Float
 from qgraph.session import HOST, SessionOptions, has_provider
 from qgraph.spec import Mixture, QuantSpec, Scheme
 
@@ -167,6 +168,8 @@ class Target(abc.ABC):
     """Whether its costs are an order of preference, and no times."""
     web: bool = False
     """Whether models run in browsers, which load files of 2 GB at most."""
+    divides: bool = False
+    """Whether a product whose result is copied apart is slower than one for each part."""
     rounds_apart: bool = False
     """Whether its integer kernels round results that lie in the middle of two codes differently by processor."""
     mask: float | None = None
@@ -182,10 +185,16 @@ class Target(abc.ABC):
     """Schemes that there are elsewhere -> why not here."""
     half: str | None = None
     """Floats of 16 bits that this target computes in: "fp16" or "bf16"."""
+    narrow: Float | None = None
+    """Floats in which its provider computes what the file has in float32; None where those are float32 there, too."""
     slow_fusions: frozenset[str] = frozenset()
     """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
     fast_operators: frozenset[str] = frozenset()
     """Operators of the runtime's own into which passes may fuse, because they are faster here than their parts."""
+    absorbed: tuple[str, ...] = ()
+    """Operators that disappear into the QuantizeLinear after them when its range allows."""
+    clips_codes: bool = False
+    """Whether it has Clip on codes, so that one that no range allows for need not be in float."""
     greedy_fusions: frozenset[str] = frozenset()
     """Operators that the runtime turns into integer kernels wherever they stand between integers, planned or not."""
 
@@ -243,5 +252,5 @@ class Target(abc.ABC):
 
     @property
     def activations(self) -> tuple[str, ...]:
-        """Operators that disappear into the QuantizeLinear after them when its range allows."""
-        return ()
+        """`absorbed`, unless a target of one's own says otherwise."""
+        return self.absorbed

@@ -64,6 +64,7 @@ def _schemes(activation: Format, weight: Format) -> Mapping[str, Scheme | Mixtur
             for name, one in (("fp4", E2M1), ("nf4", NF4))
         },
         WEIGHTS: Mixture(WEIGHTS, (blocks, *few)),
+        "a8w4": Mixture("a8w4", (static, dynamic, few[0]), held=few[0]),
         "fp32": Mixture("fp32", (), "float"),
     }
 
@@ -116,9 +117,12 @@ class Cpu(Target):
         }
     )
 
+    absorbed: tuple[str, ...] = ("Relu", "Clip")
+    clips_codes = True
     refused = cpu_stored.REFUSED
     tolerance = 1e-4
     rounds_apart = True
+    divides = True
 
     def __init__(self, name: str, description: str, activation: Format, weight: Format, costs: Costs = SHIPPED):
         self.name = name
@@ -136,11 +140,6 @@ class Cpu(Target):
         """As ever; s8 activations are fused on other machines as they are on arm64."""
         found = super().options(threads)
         return dataclasses.replace(found, config=_SIGNED) if self.signed else found
-
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """Relu and Clip vanish where the codes' range already ends there."""
-        return ("Relu", "Clip")
 
     def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         """Look the operator up in the table of this provider's kernels."""

@@ -57,7 +57,7 @@ _EACH = {
     # With rounding down the runtime has a fast float copy; the other modes are slow in both.
     "ResizeDown": (0.08, 0.85),
     "Resize": (0.72, 0.85),
-    "Transpose": (0.40, 0.11),
+    "Transpose": (0.30, 0.19),
     "Reshape": (0.02, 0.01),
     "Slice": (0.20, 0.09),
     "Split": (0.25, 0.11),

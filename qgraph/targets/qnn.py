@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
+from qgraph.float_formats import FP16
 from qgraph.formats import INT8, UINT8, UINT16
 from qgraph.spec import BIAS, Mixture, PerAxis, QuantSpec, Scheme
 from qgraph.targets import whole
@@ -70,6 +71,7 @@ class Qnn(whole.Whole):
     table = _TABLE
     exile = 1e-2
     mask = -100.0
+    narrow = FP16
     ladder = ("int8", "a16w8", "fp32")
     refused = MappingProxyType(
         {

@@ -49,11 +49,6 @@ class Whole(Target):
     crossing: float = 1e-6
     absorbed: tuple[str, ...] = ("Relu", "Clip")
 
-    @property
-    def activations(self) -> tuple[str, ...]:
-        """Operators that vanish into the QuantizeLinear after them."""
-        return self.absorbed
-
     def kernel(self, node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         """Look the operator up in the table."""
         if node.domain not in ("", "ai.onnx", "com.microsoft"):

@@ -27,7 +27,7 @@ from qgraph.trials import NEAR, Trial, Trials
 
 __all__ = ["Search"]
 
-_STEPS, _MATTER, _KEPT, _WORTH = 12, 8, 3, 0.8
+_STEPS, _MATTER, _KEPT, _WORTH, _FINER = 12, 8, 3, 0.8, 0.7
 _LEARNING, _MEASURING = 0.5, 0.4
 _BOLDER = 3  # Trials with the schemes that the first candidate does without, where that one is within the budget.
 _LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
@@ -193,7 +193,7 @@ class Search:
         unit = first.saved / max(total(self.noises.values(), first.assignment), 1e-30)
         price = pricing.highest(NEAR * first.saved, unit, self._tariff.saved_at)
         trial = None if price is None else self._try(price, "finer")
-        return trial if trial is not None and trial.rivals(first) and trial.strain < first.strain else first
+        return trial if trial is not None and trial.rivals(first) and trial.strain < _FINER * first.strain else first
 
     def _multiplied(self, first: Trial) -> Trial:
         """The same assignment with channels scaled by multiplications, where these take no time that a clock shows."""

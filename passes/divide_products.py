@@ -19,7 +19,7 @@ from qgraph import graph, weights
 
 __all__ = ["DivideProducts"]
 
-_COPIED, _CALLED = 0.25, 5000.0
+_COPIED, _CALLED = 0.25, 10_000.0
 """Nanoseconds that an element of a part takes to be copied, and those that one call more takes."""
 
 Columns = NDArray[np.intp]

@@ -38,12 +38,13 @@ class Race:
         best, found = keys[0], self._timed(search, keys[0])
         # The clock settles what estimates leave open. Behind a clear lead there is nothing to settle; nor between the
         # same kernels, of which the more faithful ones come first.
-        trials = search.trials.trials
-        for number, key in enumerate(keys[1:], 1):
-            behind = number >= _TIMED or trials[key].saved < _NEAR * trials[best].saved
-            if trials[key].assignment == trials[best].assignment or (behind and trials[best].slowest >= 1.0):
+        trials, timed = search.trials.trials, [search.trials.trials[best].assignment]
+        for key in keys[1:]:
+            behind = len(timed) >= _TIMED or trials[key].saved < _NEAR * trials[best].saved
+            if trials[key].assignment in timed or (behind and trials[best].slowest >= 1.0):
                 continue
             speeds = self._timed(search, key)
+            timed.append(trials[key].assignment)
             if trials[key].rate > _FASTER * trials[best].rate:
                 best, found = key, speeds
         return best, found

@@ -110,7 +110,7 @@ class Rules:
             kernel = dataclasses.replace(kernel, float_seconds=in_float, integer_seconds=in_integers)
         price = self.prices.get(key, 0.0)
         if math.isinf(price):
-            return Refusal("in integers it would lose more accuracy than the budget has left")
+            return Refusal("the search left it in float: it would save too little for the accuracy that it loses")
         if forced:
             # What the caller chose is taken, whether it pays or not.
             price = _FORCED

@@ -138,6 +138,6 @@ def test_refusals_measurements_and_prices_are_by_node_and_scheme(nodes, rules):
 def test_an_infinite_price_forbids(nodes, rules):
     forbidden = {("/a", name): math.inf for name in EVERY}
     found, reason = rules(prices=forbidden).kernels(nodes["/a"])
-    assert not found and "lose more accuracy than the budget" in reason
+    assert not found and "too little for the accuracy that it loses" in reason
     one = rules(prices={("/a", "int8"): math.inf})
     assert schemes(one, nodes["/a"]) == EVERY - {"int8"}

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -625,3 +626,31 @@ def test_the_time_of_multiplications_is_kept_with_the_state(tmp_path):
     explicit = next(trial for trial in again.trials.trials.values() if trial.variant == "explicit")
     assert explicit.paid == 0.5
     assert explicit.saved == again._sum(explicit.assignment) - 0.5
+
+
+def test_variants_of_one_assignment_take_no_other_its_turn_at_the_clock():
+    saved, noise = nodes_of([(1.0, 1e-3), (40.0, 1e-3)])
+    search, _, _ = searched(saved, noise, 1.0)
+    trials = search.trials.trials
+    fast = best_of(search)
+    for number in range(3):
+        trials[f"twin{number}"] = dataclasses.replace(fast, name=f"twin{number}", strain=fast.strain / (2 + number))
+    other = dataclasses.replace(fast, name="other", assignment={"n1": "int8"}, saved=40.0, strain=2 * fast.strain)
+    trials["other"] = other
+    search.built["other"] = Built(other.assignment)
+    for number in range(3):
+        search.built[f"twin{number}"] = Built(fast.assignment)
+
+    class Clock:
+        seconds = 1.0
+
+        def measure(self, runnable):
+            return [SimpleNamespace(threads=1, ratio=3.0 if runnable == other.assignment else 2.0)]
+
+    class Report:
+        notes: ClassVar = []
+
+    keys = [key for key in search.within() if trials[key].assignment]
+    assert keys.index("other") >= 3
+    best, speeds = Race(Clock(), Report()).fastest(search, keys)
+    assert best == "other" and speeds[0].ratio == 3.0

@@ -61,8 +61,8 @@ class _Division:
 class DivideProducts(ir.passes.InPlacePass):
     """Products of many rows whose parts alone are read become a product for each part.
 
-    Refused: sizes that are not known, few rows, results that are also read whole, parts that overlap, and weights that
-    are shared with other products.
+    Refused, silently since nothing is lost: sizes that are not known, few rows, results that are also read whole, parts
+    that overlap, and weights that are shared with other products.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

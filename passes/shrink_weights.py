@@ -105,14 +105,12 @@ def _shrunk(main: ir.Graph, weight: ir.Value, blocks: Blocks, kernel: Kernel, na
     turned = granularity.axis == 0
     shape = graph.run_shape(weight) or ()
     name = graph.fresh_name(f"{weight.name}_shrunk", names)
-    value = weights.derived(
-        main,
-        weight,
-        lambda _: np.ascontiguousarray(held.real.T if turned else held.real),
-        ir.DataType.FLOAT,
-        shape,
-        name,
-    )
+
+    def evaluate() -> ir.TensorProtocol:
+        # Of the codes alone: the weight that they were found for need not be read again.
+        return ir.Tensor(np.ascontiguousarray(held.real.T if turned else held.real), name=name)
+
+    value = graph.add_initializer(main, ir.LazyTensor(evaluate, ir.DataType.FLOAT, ir.Shape(shape), name=name), name)
     value.meta[HELD] = Held(held, None, turned)
     return value
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qgraph import graph
-from qgraph.blocks import Blocks
+from qgraph.blocks import Blocks, unpack
 from qgraph.folded import Folded
 from qgraph.held import HELD, Held
 from qgraph.qparams import QParams
@@ -82,10 +82,9 @@ def _codes(folded: Folded, packed: NDArray[Any], bits: int, what: str) -> ir.Val
     stored = folded.constant(packed, what)
     if bits == 8:
         return folded.cast(stored, _FLOAT)
-    each = 8 // bits
-    places = np.arange(256)[:, None] >> (bits * np.arange(each)) & (2**bits - 1)
-    table = folded.table(places.astype(np.float32), f"codes_of_{bits}_bits")
-    return folded.node("Gather", [table, folded.cast(stored, _INT)], _FLOAT, (*packed.shape, each))
+    every = unpack(np.arange(256, dtype=np.uint8)[:, None], bits).astype(np.float32)
+    table = folded.table(every, f"codes_of_{bits}_bits")
+    return folded.node("Gather", [table, folded.cast(stored, _INT)], _FLOAT, (*packed.shape, every.shape[1]))
 
 
 def _scales(folded: Folded, blocks: Blocks) -> ir.Value:

@@ -252,7 +252,6 @@ class Job:
         estimate = functools.partial(self._estimates, builder)
         force, bits = self.options.force, self.options.bits_per_weight
         search = Search(builder, judge, estimate, trials, deadline, self.progress, force, glance, bits)
-        search.order = builder.order
         self.report.notes += [*notes_of(builder.order), *(UNFOLLOWED.format(one) for one in builder.unfollowed)]
         return search
 

@@ -18,7 +18,6 @@ from qgraph.bracket import Bracket
 from qgraph.builder import Builder, Built, digest
 from qgraph.compare import Runnable
 from qgraph.errors import AuditError, DataError, ExecutionError, NothingQuantizedError, QuantizationError
-from qgraph.few_bits import Order
 from qgraph.judge import Judge
 from qgraph.noises import Noises
 from qgraph.sensitivity import Estimate, total
@@ -80,7 +79,6 @@ class Search:
         self._unlimited = unlimited
         self._glance = glance
         self._bits = bits
-        self.order: Order | None = None  # Of schemes, some of which are tried last.
         self._forced: dict[tuple[str, str], float] | None = None
 
     def within(self) -> list[str]:
@@ -117,11 +115,11 @@ class Search:
         fastest = self._first()
         if fastest is None:
             return
-        if self.order is not None and self.order.last and fastest.within:
+        if self.builder.order is not None and self.builder.order.last and fastest.within:
             self._narrow(fastest, _BOLDER)
             return
-        if self.order is not None and self._late():
-            self._try(0.0, "most bits", self._without(self.order.others))
+        if self.builder.order is not None and self._late():
+            self._try(0.0, "most bits", self._without(self.builder.order.others))
             return
         first = fastest if self._bits is not None else self._multiplied(self._finer(fastest))
         if self._late() or self._learn(first) or self._bits is not None or first.within or self._unlimited:
@@ -144,7 +142,9 @@ class Search:
             if best is not None and not self.builder.differs():
                 continue
             name = "fastest" if self._forced is None else f"{self._bits:g} bits"
-            prices = self._forced or (self._without(self.order.last) if self.order is not None else None)
+            prices = self._forced or (
+                self._without(self.builder.order.last) if self.builder.order is not None else None
+            )
             trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", prices)
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant == "explicit" else 1.0

@@ -46,7 +46,7 @@ class Builder:
     def __init__(self, saved, refused=(), broken=()):
         self.saved, self.refused, self.broken = saved, set(refused), set(broken)
         self.calls, self.learned, self.learning, self.learns = [], 0, 0.0, False
-        self.fixed = False
+        self.order = None
         self.variants, self.variant, self.calibrated, self.fixed = ("none",), "none", False, False
 
     def paid(self, built):

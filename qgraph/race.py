@@ -41,6 +41,7 @@ class Race:
         trials, timed = search.trials.trials, [search.trials.trials[best].assignment]
         for key in keys[1:]:
             behind = len(timed) >= _TIMED or trials[key].saved < _NEAR * trials[best].saved
+            behind = behind or trials[key].inferior(trials[best])
             if trials[key].assignment in timed or (behind and trials[best].slowest >= 1.0):
                 continue
             speeds = self._timed(search, key)

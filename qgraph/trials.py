@@ -70,6 +70,10 @@ class Trial:
         """Whether it is about as fast and as small, by estimate: then it is better if it loses less."""
         return 0 < NEAR * fastest.saved <= self.saved and self.disk <= _LARGER * fastest.disk
 
+    def inferior(self, other: Trial) -> bool:
+        """Whether it loses more, is larger, and no faster by estimate: then only noise could speak for it."""
+        return self.strain > other.strain and self.disk > other.disk and NEAR * self.saved <= other.saved
+
     @property
     def _ratios(self) -> list[float]:
         """Times faster than the original, as far as the clock tells.

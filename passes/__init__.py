@@ -18,6 +18,7 @@ from qgraph.passes.fit_ranges import FitRanges
 from qgraph.passes.fix_shapes import FixShapes
 from qgraph.passes.fold_shapes import FoldShapes
 from qgraph.passes.fold_weights import FoldWeights
+from qgraph.passes.fuse_attention import FuseAttention
 from qgraph.passes.fuse_layers import FuseLayers
 from qgraph.passes.fuse_rotary import FuseRotary
 from qgraph.passes.fuse_transpose import FuseTranspose
@@ -77,6 +78,7 @@ __all__ = [
     "FixShapes",
     "FoldShapes",
     "FoldWeights",
+    "FuseAttention",
     "FuseLayers",
     "FuseRotary",
     "FuseTranspose",

@@ -3,12 +3,16 @@
 Where a graph is in integers from end to end, so is the mask that is added to the scores, and its constant would take
 the whole range. exp(-100) is nothing beside any score that is not masked, as long as scores lie within some dozens of
 each other. A row that is masked altogether becomes another one; nothing reads it.
+
+Where the runtime has one operator for attention, a mask of exactly the lowest float32 becomes a little less: there it
+would make a row that is masked altogether 0, which in parts is the mean of all values, as with any other number.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.targets import Target
@@ -17,6 +21,9 @@ __all__ = ["BoundMasks"]
 
 _LEAST = -1e4
 """Constants below are masks; exporters write -1e4, -1e9, -3.4e38 and minus infinity."""
+_LOWEST = np.finfo(np.float32).min
+_LOW = np.float32(-3e38)
+"""Beside it scores are nothing, too."""
 _MOVERS = (
     "Concat",
     "Expand",
@@ -41,29 +48,32 @@ class BoundMasks(ir.passes.InPlacePass):
     Refused: constants that reach anything but a Softmax on any way, and those that a caller may override.
 
     Args:
-        target: its `mask` is the new constant; None leaves masks as they are.
+        target: its `mask` is the new constant. Without one, masks of the lowest float32 alone are changed, where it has
+            an operator for attention.
     """
 
     def __init__(self, target: Target):
         super().__init__()
         self.mask = target.mask
+        self.attention = target.attention is not None
         self.refused: dict[str, str] = {}
         self.notes: list[str] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
-        if self.mask is None:
+        if self.mask is None and not self.attention:
             return ir.passes.PassResult(model, False)
         ends: dict[ir.Value, bool] = {}
         changed = False
         for value in list(model.graph.initializers.values()):
             if value.dtype == ir.DataType.FLOAT and self._is_mask(value.const_value):
                 if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR):
-                    self.refused[str(value.name)] = "it is no mask before a Softmax alone, or may be overridden"
+                    if self.mask is not None:
+                        self.refused[str(value.name)] = "it is no mask before a Softmax alone, or may be overridden"
                     continue
                 tensor = value.const_value
                 assert tensor is not None
-                value.const_value = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)), name=value.name)
+                value.const_value = ir.Tensor(self._bounded(tensor), name=value.name)
                 self._tell(str(value.name))
                 changed = True
         for node in model.graph:
@@ -73,13 +83,20 @@ class BoundMasks(ir.passes.InPlacePass):
             if tensor is None or not is_float or not self._is_mask(tensor):
                 continue
             if _ends_in_softmax(node.outputs[0], ends, _FAR):
-                bounded = ir.Tensor(np.maximum(tensor.numpy(), np.float32(self.mask)))
-                node.attributes["value"] = ir.AttrTensor("value", bounded)
+                node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(self._bounded(tensor)))
                 self._tell(str(node.outputs[0].name))
                 changed = True
         return ir.passes.PassResult(model, changed)
 
+    def _bounded(self, tensor: ir.TensorProtocol) -> NDArray[np.float32]:
+        array = np.asarray(tensor.numpy(), np.float32)
+        return (
+            np.where(array == _LOWEST, _LOW, array) if self.mask is None else np.maximum(array, np.float32(self.mask))
+        )
+
     def _tell(self, name: str) -> None:
+        if self.mask is None:
+            return
         self.notes.append(
             f"The mask {name!r} is bounded to {self.mask:g}, so that codes can hold it beside the scores."
         )
@@ -88,7 +105,8 @@ class BoundMasks(ir.passes.InPlacePass):
         # A mask is a number, or an array that was computed from one; no weight reaches so far down.
         if tensor is None or tensor.size == 0 or tensor.size > 1 << 24:
             return False
-        return float(np.min(tensor.numpy())) <= _LEAST
+        array = tensor.numpy()
+        return bool((array == _LOWEST).any()) if self.mask is None else float(np.min(array)) <= _LEAST
 
 
 def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int) -> bool:

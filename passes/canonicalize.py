@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
 
+from qgraph.attention import likely
 from qgraph.errors import ModelError, first_line
 from qgraph.graph import all_graphs, fresh_name, is_standard
 
@@ -28,11 +29,13 @@ class Canonicalize(ir.passes.InPlacePass):
 
     Args:
         opset: the opset to reach. A model that cannot be converted keeps its own if that is at least 13.
+        attention: the opset to reach where there may be attention to fuse, and the converter can; None for `opset`.
     """
 
-    def __init__(self, opset: int = 21):
+    def __init__(self, opset: int = 21, attention: int | None = None):
         super().__init__()
         self.opset = opset
+        self.attention = attention
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place.
@@ -51,6 +54,8 @@ class Canonicalize(ir.passes.InPlacePass):
             # only some are listed, these are defaults that a caller may override, and stay.
             common.RemoveInitializersFromInputsPass()(model)
         _convert(model, self.opset)
+        if self.attention is not None and likely(model.graph):
+            _raise(model, self.attention)
         # Before the folder, which calls whatever has no name "node".
         _name_nodes(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
@@ -138,6 +143,19 @@ def _convert(model: ir.Model, opset: int) -> None:
             f"The model has opset {current}; the converter cannot raise it to {opset} (an operator has no newer form). "
             f"Export it with opset {_QUANTIZE_SINCE} or newer."
         )
+
+
+def _raise(model: ir.Model, opset: int) -> None:
+    """Convert where that is possible. A model that cannot be converted stays as it is, whole."""
+    if model.graph.opset_imports.get("", 0) >= opset:
+        return
+    raised = model.clone()
+    try:
+        _convert(raised, opset)
+    except ModelError:
+        return
+    if raised.graph.opset_imports.get("", 0) == opset:
+        model.graph = raised.graph
 
 
 def _name_nodes(model: ir.Model) -> None:

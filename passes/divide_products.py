@@ -212,7 +212,13 @@ def _divide(main: ir.Graph, division: _Division, names: set[str]) -> None:
             value = node.outputs[0]
             value.name = graph.fresh_name(f"{step.outputs[0].name}_{end}", names)
             value.type = part.output.type
-            value.meta[graph.RUN_SHAPE] = _sizes(division, step, part)
+            sizes = _sizes(division, step, part)
+            value.meta[graph.RUN_SHAPE] = sizes
+            whole = step.outputs[0].shape
+            if step.op_type != "Transpose" and whole is not None:
+                # What is in front of the columns stays as it was, of any size.
+                lead = len(whole) - (len(division.factors) if step.op_type == "Reshape" else 1)
+                value.shape = ir.Shape([*whole[:lead], *sizes[lead:]])
         old, new = part.output, made[-1].outputs[0]
         new.name, new.shape = old.name, old.shape
         main.insert_before(product, made)

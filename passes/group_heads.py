@@ -123,18 +123,17 @@ def _repeated(value: ir.Value | None) -> _Repeated | str | None:
         return "the number of heads is not known"
     if heads != groups * times or groups != x.shape[1]:
         return "the heads are not those of the groups"
-    if not all(_same(wide[i], x.shape[j]) for i, j in ((0, 0), (3, 2), (4, 3))):
+    if not all(graph.same_size(wide[i], x.shape[j]) for i, j in ((0, 0), (3, 2), (4, 3))):
         return "the repetition may repeat other dimensions too"
-    if not (_same(joined[3], x.shape[3]) and (_same(joined[0], x.shape[0]) or _same(joined[2], x.shape[2]))):
+    if not (
+        graph.same_size(joined[3], x.shape[3])
+        and (graph.same_size(joined[0], x.shape[0]) or graph.same_size(joined[2], x.shape[2]))
+    ):
         return "the heads are not seen to be joined with their repetitions only"
     for node in (*steps, join, expand):
         if len(node.outputs[0].uses()) != 1 or node.outputs[0].is_graph_output():
             return f"{node.outputs[0].name} is also read elsewhere"
     return _Repeated(x, groups, heads, steps)
-
-
-def _same(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
-    return one == other and (isinstance(one, int) or one.value is not None)
 
 
 def _turns(node: ir.Node) -> bool:

@@ -30,8 +30,9 @@ __all__ = [
 
 def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
-    cache = [] if context.cache is None else [*_measure(context), *_cache(context)]
-    return Pipeline(*_rewrite(context), *cache, passes.NarrowWeights(), progress=context.progress)
+    cache = [] if context.cache is None else [*_sizes(context), *_cache(context)]
+    fused = passes.FuseAttention(context.target)
+    return Pipeline(*_rewrite(context), *cache, fused, passes.NarrowWeights(), progress=context.progress)
 
 
 def plan(context: Context) -> Pipeline:
@@ -101,7 +102,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
     fixed = [passes.FixShapes(context.target, context.data)] if context.target.limits.static_shapes else []
     return [
         *fixed,
-        passes.Canonicalize(context.target.min_opset),
+        passes.Canonicalize(context.target.min_opset, context.target.attention),
         passes.InferTypes(),
         *_widen(context),
         passes.FuseLayers(),
@@ -117,7 +118,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         passes.FoldShapes(),
         passes.GroupHeads(),
         passes.MaskRows(),
-        *([passes.BoundMasks(context.target)] if context.target.mask is not None else []),
+        passes.BoundMasks(context.target),
         passes.BiasForm(),
         passes.ResidualNorm(context.target),
         passes.RaiseLevel(context.target),
@@ -144,7 +145,11 @@ def _experts(context: Context) -> list[ir.passes.PassBase]:
 
 
 def _measure(context: Context) -> list[ir.passes.PassBase]:
-    """Sizes, by which kernels are priced."""
+    """Sizes, by which kernels are priced; and what depends on sizes, or on what was done by them."""
+    return [*_sizes(context), passes.FuseAttention(context.target)]
+
+
+def _sizes(context: Context) -> list[ir.passes.PassBase]:
     if context.data is None:
         return []
     shapes: list[ir.passes.PassBase] = [passes.MeasureShapes(context.data, context.folder), *_divide(context)]

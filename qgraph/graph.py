@@ -109,6 +109,11 @@ def run_shape(value: ir.Value | None) -> tuple[int, ...] | None:
     return None
 
 
+def same_size(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    """Whether two dimensions are seen to be equal: one number, or one symbol with a name."""
+    return one == other and (isinstance(one, int) or one.value is not None)
+
+
 def element_count(value: ir.Value | None) -> int | None:
     """Number of elements in a run, or None when unknown."""
     shape = run_shape(value)

@@ -126,26 +126,43 @@ def _norm(*positions: int, axis: int) -> Rule:
     return rule
 
 
-def _attention(spread: Spread, node: ir.Node) -> None:
-    """Heads [batch, positions, heads x size]: the values' channels go through; queries and keys do not."""
-    result = node.outputs[0]
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    layout = spread.layouts.get(value) if value is not None else None
-    shape, after = graph.run_shape(value), graph.run_shape(result)
-    others = [v for v in (*node.inputs[:2], *node.inputs[3:], *node.outputs[1:]) if v is not None]
-    for other in others:
-        spread.freeze(spread.layouts.get(other), f"{node.op_type} does not carry a factor through", other)
-    past = any(v.name for v in node.outputs[1:]) or any(v is not None for v in node.inputs[6:8])
-    channels = None if layout is None else only(layout, -1)
-    if channels is None or past or shape is None or after is None or len(shape) != 3 or shape[-1:] != after[-1:]:
-        for one in (layout, spread.layouts.get(result)):
-            spread.freeze(one, f"{node.op_type} in a form whose heads are not followed", result)
-        return
-    spread.need(result, along(channels, 2, 3))
-    bias = node.inputs[3] if len(node.inputs) > 3 else None
-    if bias is not None:
-        size = (graph.run_shape(bias) or (0,))[0] - channels.size
-        spread.edit(node, 3, np.concatenate([np.full(max(0, size), -1), channels]), divides=True)
+def _attention(bias: int | None, past: slice) -> Rule:
+    """The values' channels go through, [batch, positions, heads x size] or heads apart; queries and keys do not.
+
+    Args:
+        bias: the input with one number for each channel of queries, keys and values.
+        past: the inputs with keys and values of earlier positions.
+    """
+
+    def rule(spread: Spread, node: ir.Node) -> None:
+        result = node.outputs[0]
+        value = node.inputs[2] if len(node.inputs) > 2 else None
+        layout = spread.layouts.get(value) if value is not None else None
+        shape, after = graph.run_shape(value), graph.run_shape(result)
+        others = [v for v in (*node.inputs[:2], *node.inputs[3:], *node.outputs[1:]) if v is not None]
+        for other in others:
+            spread.freeze(spread.layouts.get(other), f"{node.op_type} does not carry a factor through", other)
+        # Groups of heads that share their values have fewer channels than the result.
+        followed = shape is not None and after is not None and len(shape) == len(after) and shape[-1:] == after[-1:]
+        more = any(v.name for v in node.outputs[1:]) or any(v is not None for v in node.inputs[past])
+        carried = None
+        if layout is not None and shape is not None and after is not None and followed and not more:
+            if len(shape) == 3 and (channels := only(layout, -1)) is not None:
+                carried = along(channels, 2, 3)
+            elif bias is None and len(shape) == 4 and shape[1] == after[1] and layout.shape[-2] == 1:
+                carried = layout
+        if carried is None:
+            for one in (layout, spread.layouts.get(result)):
+                spread.freeze(one, f"{node.op_type} in a form whose heads are not followed", result)
+            return
+        spread.need(result, carried)
+        given = node.inputs[bias] if bias is not None and len(node.inputs) > bias else None
+        if bias is not None and given is not None:
+            channels = carried.reshape(-1)
+            size = (graph.run_shape(given) or (0,))[0] - channels.size
+            spread.edit(node, bias, np.concatenate([np.full(max(0, size), -1), channels]), divides=True)
+
+    return rule
 
 
 _TWO = _norm(1, 2, axis=-1)
@@ -163,6 +180,7 @@ RULES: dict[tuple[str, str], Rule] = {
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _norm(2, axis=-1),
     ("", "BatchNormalization"): _norm(1, 2, axis=1),
     ("", "InstanceNormalization"): _norm(1, 2, axis=1),
-    ("com.microsoft", "MultiHeadAttention"): _attention,
+    ("com.microsoft", "MultiHeadAttention"): _attention(3, slice(6, 8)),
+    ("", "Attention"): _attention(None, slice(4, 6)),
 }
 """Operators with weights, and those that are made of them."""

@@ -31,6 +31,9 @@ def multiplications(kernel: KernelTime) -> int:
         return math.prod(inputs[0]) * outputs[0][-1]
     if op in _PRODUCTS and inputs[0]:
         return math.prod(outputs[0]) * inputs[0][-1]
+    if op in ("Attention", "MultiHeadAttention") and len(inputs) > 1 and len(inputs[0]) == len(inputs[1]) > 2:
+        # Every query meets every key, and then every value.
+        return (math.prod(inputs[0]) + math.prod(outputs[0])) * inputs[1][-2]
     if op in ("LSTM", "GRU", "RNN") and len(inputs) > 2:
         return math.prod(inputs[0][:2]) * (math.prod(inputs[1]) + math.prod(inputs[2]))
     return 0

@@ -6,6 +6,7 @@ from qgraph.passes import BoundMasks
 
 from qgraph.targets.cpu import x86_vnni
 from qgraph.targets.qnn import qnn
+from qgraph.targets.wasm import wasm
 
 ADDED = """
 g (float[2, 4, 8] s, int64[2, 1, 8] m) => (float[2, 4, 8] y) {
@@ -110,4 +111,18 @@ def test_what_is_no_mask_alone_stays(model_kit, text):
 
 def test_other_targets_keep_their_masks(model_kit):
     model = model_kit.text(ADDED, one=ONE, low=np.float32(LOWEST))
+    assert not BoundMasks(wasm())(model).modified
+
+
+@pytest.mark.parametrize("low", [-1e4, -3.4e38, -np.inf])
+def test_an_operator_for_attention_takes_masks_as_they_are(model_kit, low):
+    model = model_kit.text(ADDED, one=ONE, low=np.float32(low))
     assert not BoundMasks(x86_vnni())(model).modified
+
+
+def test_but_for_the_lowest_number(model_kit):
+    model = model_kit.text(ADDED, one=ONE, low=np.float32(LOWEST))
+    before, work = model.clone(), BoundMasks(x86_vnni())
+    assert work(model).modified and not work.notes and not work.refused
+    assert LOWEST < float(model.graph.initializers["low"].const_value.numpy()) < -1e38
+    model_kit.same(before, model)

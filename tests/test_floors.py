@@ -88,6 +88,7 @@ FLOORS = [
         "scaling_rules",
         "spread",
         "layouts",
+        "attention",
     },
     {
         "observers",

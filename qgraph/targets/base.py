@@ -191,6 +191,8 @@ class Target(abc.ABC):
     """Operators into which the runtime fuses by itself, although they are slower here than their parts."""
     fast_operators: frozenset[str] = frozenset()
     """Operators of the runtime's own into which passes may fuse, because they are faster here than their parts."""
+    attention: int | None = None
+    """The opset since which ONNX's Attention is faster here than its parts; None where it is not, or not measured."""
     absorbed: tuple[str, ...] = ()
     """Operators that disappear into the QuantizeLinear after them when its range allows."""
     clips_codes: bool = False

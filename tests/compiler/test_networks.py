@@ -181,7 +181,8 @@ def test_transformer_with_everything_in_integers(model_kit, model_free_cpu, tran
     result = qgraph.optimize(tmp_path / "in.onnx", tmp_path / "out.onnx", data=feeds, options=options)
     assert audited(tmp_path / "out.onnx", result).clean
     # Those whose bias the kernel adds are written as that kernel.
-    products = [node for node in result.report.quantized if node.op_type in ("MatMul", "MatMulIntegerToFloat")]
+    kinds = ("MatMul", "MatMulInteger", "MatMulIntegerToFloat")
+    products = [node for node in result.report.quantized if node.op_type in kinds]
     assert len(products) == 6
     assert model_kit.sqnr(tmp_path / "in.onnx", tmp_path / "out.onnx", feeds) > 20
 

@@ -1,0 +1,175 @@
+"""softmax(scale q k' + mask) v, head by head -> Attention(q, k, v, mask), which reads heads where they lie.
+
+Attention of ONNX's opset 23 takes [batch, positions, heads x channels]: no Transpose copies anything, and scores are
+scaled, masked and normalized head by head, near the product that made them. The numbers are the same, but for rows
+that a mask hides altogether: in parts they are NaN with minus infinity, and with the lowest float32 the mean of all
+values (`BoundMasks` takes care of constants); here newer runtimes make both 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qgraph import graph
+from qgraph.attention import Attention, find
+from qgraph.targets import Target
+
+__all__ = ["FuseAttention"]
+
+_Dim = int | ir.SymbolicDim
+
+
+class FuseAttention(ir.passes.InPlacePass):
+    """Attention in parts becomes one operator, where the target has a fast one and the model's opset knows it.
+
+    Refused, silently since nothing is lost: masks that may have more batches than the queries or another number of
+    heads, and whatever `qgraph.attention.find` does not follow.
+    """
+
+    def __init__(self, target: Target):
+        super().__init__()
+        self.target = target
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Apply in place."""
+        main, since = model.graph, self.target.attention
+        if since is None or main.opset_imports.get("", 0) < since:
+            return ir.passes.PassResult(model, False)
+        writer, changed = _Writer(main), False
+        for node in list(main):
+            one = find(node)
+            if one is not None and _fits(one):
+                writer.replace(one)
+                changed = True
+        if changed:
+            common.RemoveUnusedNodesPass()(model)
+            common.TopologicalSortPass()(model)
+        return ir.passes.PassResult(model, changed)
+
+
+def _fits(one: Attention) -> bool:
+    """Whether the mask has the queries' batch and heads, or one for all, and what reads the result can go on."""
+    mask, queries = one.mask.shape if one.mask is not None else None, one.queries.shape
+    if mask is not None and len(mask) > 2 and mask[-3] not in (1, one.heads):
+        return False
+    if mask is not None and queries is not None and len(mask) > 3:
+        free = not isinstance(mask[0], int) and not isinstance(queries[0], int)
+        if mask[0] != 1 and mask[0] != queries[0] and not free:
+            return False
+    target = graph.constant(one.joined.inputs[1])
+    if target is None:
+        return _joins(one)
+    # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another.
+    copies = target == 0
+    return not copies[2:].any() and not (copies.any() and one.joined.attributes.get_int("allowzero", 0))
+
+
+def _joins(one: Attention) -> bool:
+    """Whether the Reshape at the end makes [batch, positions, heads x channels], and nothing else."""
+    before, after = one.joined.inputs[0], one.joined.outputs[0].shape
+    shape = before.shape if before is not None else None
+    if shape is None or after is None or len(shape) != 4 or len(after) != 3:
+        return False
+    target = graph.constant(one.joined.inputs[1])
+    whole = isinstance(shape[2], int) and isinstance(shape[3], int) and shape[2] * shape[3] == after[2]
+    return whole and any(
+        graph.same_size(shape[axis], after[axis]) or (target is not None and target[axis] == 0) for axis in (0, 1)
+    )
+
+
+class _Writer:
+    """Writes the operators; masks that are brought to full size are, once."""
+
+    def __init__(self, main: ir.Graph):
+        self._main = main
+        self._names = graph.value_names(main)
+        self._masks: dict[tuple[object, ...], ir.Value] = {}
+
+    def replace(self, one: Attention) -> None:
+        """Write `one` as an operator in the place of its last product."""
+        base = one.product.name or one.product.outputs[0].name or "product"
+        mask = None if one.mask is None else self._full(one, one.mask)
+        attributes: list[ir.Attr] = [
+            ir.AttrInt64("q_num_heads", one.heads),
+            ir.AttrInt64("kv_num_heads", one.heads),
+            ir.AttrFloat32("scale", one.scale),
+        ]
+        inputs = [one.queries, one.keys, one.values, *([] if mask is None else [mask])]
+        last = ir.Node("", "Attention", inputs, attributes, name=graph.fresh_name(f"{base}_attention", self._names))
+        last.metadata_props.update(one.product.metadata_props)
+        graph.merge_origins(last, *one.nodes)
+        if one.guard is not None:
+            result = self._before(one, last)
+            test = self._before(one, ir.Node("", "IsNaN", [result], name=self._name(base, "is_nan")), ir.DataType.BOOL)
+            last = ir.Node("", "Where", [test, one.guard.inputs[1], result], name=self._name(base, "guard"))
+        if _joins(one):
+            seen = one.joined.outputs[0].meta.get(graph.RUN_SHAPE)
+            last.outputs[0].meta.update({} if seen is None else {graph.RUN_SHAPE: seen})
+            graph.replace_node(self._main, one.joined, last)
+        else:
+            one.joined.replace_input_with(0, self._before(one, last))
+
+    def _name(self, base: str, kind: str) -> str:
+        return graph.fresh_name(f"{base}_{kind}", self._names)
+
+    def _before(self, one: Attention, node: ir.Node, kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """The node's result, of the shape of the queries but for the channels."""
+        value, size = node.outputs[0], one.product.outputs[0]
+        value.name, value.type = node.name, ir.TensorType(kind)
+        ran, shape = graph.run_shape(size), size.shape
+        if shape is not None and one.queries.shape is not None:
+            width = shape[3] * one.heads if isinstance(shape[3], int) else None
+            value.shape = ir.Shape([one.queries.shape[0], one.queries.shape[1], width])
+        if ran is not None:
+            value.meta[graph.RUN_SHAPE] = (ran[0], ran[2], ran[1] * ran[3])
+        self._main.insert_before(one.joined, node)
+        return value
+
+    def _full(self, one: Attention, mask: ir.Value) -> ir.Value:
+        """The mask with a row for each query and a column for each key, which is how the operator wants it."""
+        assert one.queries.shape is not None and one.keys.shape is not None and mask.shape is not None
+        rows, columns = one.queries.shape[1], one.keys.shape[1]
+        if (
+            len(mask.shape) in (2, 4)
+            and graph.same_size(mask.shape[-2], rows)
+            and graph.same_size(mask.shape[-1], columns)
+        ):
+            return mask
+        key = (mask, self._key(one.queries, rows), self._key(one.keys, columns))
+        if key not in self._masks:
+            target = self._target(one)
+            node = ir.Node("", "Expand", [mask, target], name=self._name(mask.name or "mask", "full"))
+            node.outputs[0].name, node.outputs[0].type = node.name, mask.type
+            self._main.insert_before(one.joined, node)
+            self._masks[key] = node.outputs[0]
+        return self._masks[key]
+
+    @staticmethod
+    def _key(value: ir.Value, size: _Dim) -> object:
+        """What is equal where sizes are known to be."""
+        return size if isinstance(size, int) or size.value is not None else value
+
+    def _target(self, one: Attention) -> ir.Value:
+        """[1, 1, queries, keys]."""
+        assert one.queries.shape is not None and one.keys.shape is not None
+        rows, columns = one.queries.shape[1], one.keys.shape[1]
+        if isinstance(rows, int) and isinstance(columns, int):
+            return self._constant("mask_size", 1, 1, rows, columns)
+        parts = [self._constant("mask_ones", 1, 1)]
+        for value in (one.queries, one.keys):
+            node = ir.Node("", "Shape", [value], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
+            parts.append(self._size(one, node, f"{value.name}_positions"))
+        return self._size(one, ir.Node("", "Concat", parts, [ir.AttrInt64("axis", 0)]), "mask_size")
+
+    def _constant(self, base: str, *numbers: int) -> ir.Value:
+        return graph.add_initializer(
+            self._main, ir.tensor(np.array(numbers, np.int64)), graph.fresh_name(base, self._names)
+        )
+
+    def _size(self, one: Attention, node: ir.Node, base: str) -> ir.Value:
+        node.name = graph.fresh_name(base, self._names)
+        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.INT64)
+        self._main.insert_before(one.joined, node)
+        return node.outputs[0]

@@ -122,15 +122,16 @@ class Search:
             self._try(0.0, "most bits", self._without(self.builder.order.others))
             return
         first = fastest if self._bits is not None else self._multiplied(self._finer(fastest))
-        if self._late() or self._learn(first) or self._bits is not None or first.within or self._unlimited:
+        best = (None if self._late() else self._learn(first)) or first
+        if self._late() or self._bits is not None or first.within or best.within or self._unlimited:
             if first is not fastest and not self._late():
                 self.builder.variant = fastest.variant
                 self._learn(fastest)  # The clock may tell them apart after all.
             return
-        # Estimates leave out what the rest of the graph makes of an error; where the budget decides, that is measured.
+        # Estimates leave out what the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
         self.noises.measure(_MATTER, lambda: self._late() or time.monotonic() > half)
-        self._narrow(first)
+        self._narrow(best)
 
     def _first(self) -> Trial | None:
         """The fastest assignment, with channels scaled in the way that loses least; None when nothing can be had."""
@@ -207,14 +208,14 @@ class Search:
         self.builder.variant = before
         return first
 
-    def _learn(self, first: Trial) -> bool:
-        """Try the fastest with learned roundings where there is time: all that is left if the fastest is within."""
+    def _learn(self, first: Trial) -> Trial | None:
+        """The fastest with learned roundings, where there is time: all that is left if the fastest is within."""
         done = first.within or self._unlimited
         seconds, left = self.builder.learning_seconds(first.assignment), self.deadline - time.monotonic()
         if (self.builder.fixed if done else first.strain > _HOPELESS) or seconds <= 0:
-            return False
+            return None
         if seconds >= (left if done else min(_LEARNING * self._limit, left)):
-            return False
+            return None
         self.builder.learns = True
         key = self._key(first.assignment, learned=True)
         if key not in self.trials.trials:
@@ -224,9 +225,9 @@ class Search:
                 built = self.builder.build(prices, learn=True)
             except (QuantizationError, AuditError, ExecutionError):
                 self.builder.learns = False
-                return False
+                return None
             self._judge(key, f"{first.name}, learned", built.assignment, built, learned=True)
-        return self.trials.trials[key].within
+        return self.trials.trials[key]
 
     def _try(self, price: float, name: str, forced: dict[tuple[str, str], float] | None = None) -> Trial | None:
         """Build and judge the best assignment at a price, unless it was tried; None when it quantizes nothing."""

@@ -19,6 +19,8 @@ from qgraph.graph import all_graphs, fresh_name, is_standard
 __all__ = ["Canonicalize"]
 
 _QUANTIZE_SINCE = 13
+_IN_PLACE = 18
+"""From here on the converter keeps nodes and values as they are, at any later time."""
 _FILLERS = ("ConstantOfShape", "Expand", "Tile")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGE = 1 << 26
@@ -29,10 +31,10 @@ class Canonicalize(ir.passes.InPlacePass):
 
     Args:
         opset: the opset to reach. A model that cannot be converted keeps its own if that is at least 13.
-        attention: the opset to reach where there may be attention to fuse, and the converter can; None for `opset`.
+        attention: whether to reach opset 18, if the converter can, where there may be attention to fuse.
     """
 
-    def __init__(self, opset: int = 21, attention: int | None = None):
+    def __init__(self, opset: int = 21, attention: bool = False):
         super().__init__()
         self.opset = opset
         self.attention = attention
@@ -54,8 +56,8 @@ class Canonicalize(ir.passes.InPlacePass):
             # only some are listed, these are defaults that a caller may override, and stay.
             common.RemoveInitializersFromInputsPass()(model)
         _convert(model, self.opset)
-        if self.attention is not None and likely(model.graph):
-            _raise(model, self.attention)
+        if self.attention and likely(model.graph):
+            _raise(model, _IN_PLACE)
         # Before the folder, which calls whatever has no name "node".
         _name_nodes(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from qgraph import graph
+from qgraph.sizes import elements, natural
 
 __all__ = ["FoldShapes"]
 
@@ -23,15 +24,14 @@ _ROUNDS = 3
 _SMALL = 64
 _UNKNOWN = "unk__"
 """How onnx's inference begins the names of dimensions that it does not know."""
-_DIMENSIONS = ("Shape", "Size")
-_MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
 
 
 class FoldShapes(ir.passes.InPlacePass):
     """Shape arithmetic becomes constants, with shape inference in between.
 
     Refused: a Reshape of which two dimensions or more are neither static nor those of its input at the same place, and
-    one to a dimension that may be zero. Two symbolic dimensions are the same where they bear the same name.
+    one to a dimension that may be zero. Two symbolic dimensions are the same where they bear the same name, or one is
+    computed from the other.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -106,12 +106,13 @@ def _settle(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
     if graph.has_constant(node.inputs[1]):
         return better is not None
     dims: list[int] = []
+    told = elements(node.inputs[1]) or []
     for position, dim in enumerate(out.shape):
         if isinstance(dim, int):
             dims.append(dim)
         else:
             same = position < len(x.shape) and dim.value is not None and dim == x.shape[position]
-            dims.append(0 if same else -1)
+            dims.append(0 if same or told[position : position + 1] == [(x, position)] else -1)
     if dims.count(-1) > 1 or any(d == 0 for d in out.shape if isinstance(d, int)):
         return better is not None
     constant = ir.tensor(np.array(dims, np.int64))
@@ -145,31 +146,9 @@ def _skip_choice(node: ir.Node) -> bool:
         return False
     other = test.inputs[1] if test.inputs[0] is dims else test.inputs[0]
     number = graph.constant(other)
-    if number is None or number.size == 0 or not np.all(number == -1) or not _natural(dims):
+    if number is None or number.size == 0 or not np.all(number == -1) or not natural(dims):
         return False
     ir.convenience.replace_all_uses_with(node.outputs[0], dims)
-    return True
-
-
-def _natural(value: ir.Value | None) -> bool:
-    """Whether all numbers of `value` are dimensions of something, moved about at most, or constants from 0 on."""
-    pending, seen = [value], set[ir.Value]()
-    while pending:
-        one = pending.pop()
-        if one is None or len(seen) > _SMALL:
-            return False
-        if one in seen:
-            continue
-        seen.add(one)
-        array = graph.constant(one)
-        if array is not None:
-            if array.size > _SMALL or not np.all(array >= 0):
-                return False
-        elif graph.producer(one, *_DIMENSIONS) is None:
-            node = graph.producer(one, *_MOVES)
-            if node is None:
-                return False
-            pending.extend(node.inputs if node.op_type == "Concat" else node.inputs[:1])
     return True
 
 

@@ -8,11 +8,14 @@ values (`BoundMasks` takes care of constants); here newer runtimes make both 0.
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
+from onnxscript import version_converter
 
-from qgraph import graph
+from qgraph import graph, sizes
 from qgraph.attention import Attention, find
 from qgraph.targets import Target
 
@@ -22,7 +25,7 @@ _Dim = int | ir.SymbolicDim
 
 
 class FuseAttention(ir.passes.InPlacePass):
-    """Attention in parts becomes one operator, where the target has a fast one and the model's opset knows it.
+    """Attention in parts becomes one operator, where the target has a fast one; the model gets the opset that knows it.
 
     Refused, silently since nothing is lost: masks that may have more batches than the queries or another number of
     heads, and whatever `qgraph.attention.find` does not follow.
@@ -35,12 +38,12 @@ class FuseAttention(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         main, since = model.graph, self.target.attention
-        if since is None or main.opset_imports.get("", 0) < since:
+        if since is None or not any(_found(node) for node in main) or not _raised(model, since):
             return ir.passes.PassResult(model, False)
         writer, changed = _Writer(main), False
         for node in list(main):
-            one = find(node)
-            if one is not None and _fits(one):
+            one = _found(node)
+            if one is not None:
                 writer.replace(one)
                 changed = True
         if changed:
@@ -49,18 +52,40 @@ class FuseAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
 
+def _found(node: ir.Node) -> Attention | None:
+    one = find(node)
+    return one if one is not None and _fits(one) else None
+
+
+def _raised(model: ir.Model, opset: int) -> bool:
+    """Bring the model to an opset, if it can be done in place."""
+    if model.graph.opset_imports.get("", 0) < opset:
+        logger = logging.getLogger("onnxscript.version_converter")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            version_converter.ConvertVersionPass(target_version=opset, fallback=False)(model)
+        finally:
+            logger.setLevel(level)
+    return model.graph.opset_imports.get("", 0) >= opset
+
+
 def _fits(one: Attention) -> bool:
     """Whether the mask has the queries' batch and heads, or one for all, and what reads the result can go on."""
-    mask, queries = one.mask.shape if one.mask is not None else None, one.queries.shape
-    if mask is not None and len(mask) > 2 and mask[-3] not in (1, one.heads):
-        return False
-    if mask is not None and queries is not None and len(mask) > 3:
-        free = not isinstance(mask[0], int) and not isinstance(queries[0], int)
-        if mask[0] != 1 and mask[0] != queries[0] and not free:
+    queries = one.queries.shape
+    for value in one.masks:
+        mask = value.shape
+        if mask is not None and len(mask) > 2 and isinstance(mask[-3], int) and mask[-3] not in (1, one.heads):
             return False
+        if mask is not None and queries is not None and len(mask) > 3:
+            free = not isinstance(mask[0], int) and not isinstance(queries[0], int)
+            if mask[0] != 1 and mask[0] != queries[0] and not free:
+                return False
     target = graph.constant(one.joined.inputs[1])
     if target is None:
-        return _joins(one)
+        # What is computed from sizes is 0 where there is nothing at all.
+        told = sizes.elements(one.joined.inputs[1])
+        return _joins(one) or (told is not None and None not in told and 0 not in told)
     # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another.
     copies = target == 0
     return not copies[2:].any() and not (copies.any() and one.joined.attributes.get_int("allowzero", 0))
@@ -68,15 +93,28 @@ def _fits(one: Attention) -> bool:
 
 def _joins(one: Attention) -> bool:
     """Whether the Reshape at the end makes [batch, positions, heads x channels], and nothing else."""
-    before, after = one.joined.inputs[0], one.joined.outputs[0].shape
+    before, after, queries = one.joined.inputs[0], one.joined.outputs[0].shape, one.queries.shape
     shape = before.shape if before is not None else None
-    if shape is None or after is None or len(shape) != 4 or len(after) != 3:
+    if shape is None or after is None or queries is None or len(shape) != 4 or len(after) != 3:
         return False
     target = graph.constant(one.joined.inputs[1])
+    kept = [
+        any(graph.same_size(from_[axis], after[axis]) for from_ in (shape, queries))
+        or (target is not None and target[axis] == 0)
+        for axis in (0, 1)
+    ]
     whole = isinstance(shape[2], int) and isinstance(shape[3], int) and shape[2] * shape[3] == after[2]
-    return whole and any(
-        graph.same_size(shape[axis], after[axis]) or (target is not None and target[axis] == 0) for axis in (0, 1)
-    )
+    return all(kept) or (whole and any(kept))
+
+
+def _broadcast(one: ir.Shape | None, other: ir.Shape | None) -> ir.Shape | None:
+    """The shape of a sum; None where no rank is known. A dimension that is not sure has no name."""
+    if one is None or other is None:
+        return None
+    rank = max(len(one), len(other))
+    first, second = ([*[1] * (rank - len(shape)), *shape.dims] for shape in (one, other))
+    pairs = zip(first, second, strict=True)
+    return ir.Shape([b if a == 1 else a if b == 1 or graph.same_size(a, b) else None for a, b in pairs])
 
 
 class _Writer:
@@ -85,12 +123,12 @@ class _Writer:
     def __init__(self, main: ir.Graph):
         self._main = main
         self._names = graph.value_names(main)
-        self._masks: dict[tuple[object, ...], ir.Value] = {}
+        self._masks: dict[tuple[object, ...], ir.Value] = {}  # By the masks that were added, or what was expanded.
 
     def replace(self, one: Attention) -> None:
         """Write `one` as an operator in the place of its last product."""
         base = one.product.name or one.product.outputs[0].name or "product"
-        mask = None if one.mask is None else self._full(one, one.mask)
+        mask = self._full(one, self._sum(one, one.masks)) if one.masks else None
         attributes: list[ir.Attr] = [
             ir.AttrInt64("q_num_heads", one.heads),
             ir.AttrInt64("kv_num_heads", one.heads),
@@ -126,6 +164,15 @@ class _Writer:
             value.meta[graph.RUN_SHAPE] = (ran[0], ran[2], ran[1] * ran[3])
         self._main.insert_before(one.joined, node)
         return value
+
+    def _sum(self, one: Attention, key: tuple[ir.Value, ...]) -> ir.Value:
+        """All masks in one; those that layers share are added once."""
+        if len(key) == 2 and key not in self._masks:
+            first, second = key
+            self._masks[key] = self._size(one, ir.Node("", "Add", [second, first]), f"{first.name}_sum")
+            self._masks[key].type = first.type
+            self._masks[key].shape = _broadcast(first.shape, second.shape)
+        return self._masks.get(key, key[0])
 
     def _full(self, one: Attention, mask: ir.Value) -> ir.Value:
         """The mask with a row for each query and a column for each key, which is how the operator wants it."""

@@ -102,7 +102,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
     fixed = [passes.FixShapes(context.target, context.data)] if context.target.limits.static_shapes else []
     return [
         *fixed,
-        passes.Canonicalize(context.target.min_opset, context.target.attention),
+        passes.Canonicalize(context.target.min_opset, context.target.attention is not None),
         passes.InferTypes(),
         *_widen(context),
         passes.FuseLayers(),

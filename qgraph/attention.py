@@ -7,15 +7,17 @@ into heads (Reshape), bring the heads to the front (Transpose), and undo both be
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, sizes
 
 __all__ = ["Attention", "find", "likely"]
 
 _BETWEEN = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sub", "Sum", "Where")
+_MASKS = 2
 _DEPTH = 6
 """Operators between Softmax and the products around it, at most."""
 _FRONT, _FRONT_TURNED = (0, 2, 1, 3), (0, 2, 3, 1)
@@ -28,7 +30,7 @@ class Attention:
 
     Attributes:
         queries, keys, values: [batch, positions, heads x channels of a head].
-        mask: what is added to the scores, of any shape that broadcasts to [batch, heads, queries, keys].
+        masks: what is added to the scores, last first, of shapes that broadcast to [batch, heads, queries, keys].
         heads: how many, the same number for queries, keys and values.
         scale: what the scores are multiplied by, positive.
         product: the last product.
@@ -40,7 +42,7 @@ class Attention:
     queries: ir.Value
     keys: ir.Value
     values: ir.Value
-    mask: ir.Value | None
+    masks: tuple[ir.Value, ...]
     heads: int
     scale: float
     product: ir.Node
@@ -79,24 +81,35 @@ def find(softmax: ir.Node) -> Attention | None:
     product = _only_reader(weights, "MatMul")
     if not _is_softmax(softmax, weights) or product is None or product.inputs[0] is not weights:
         return None
-    values, end, scores = _heads(product.inputs[1], _FRONT), _end(product), softmax.inputs[0]
-    if values is None or values.scale != 1 or end is None or scores is None:
+    values, scores = _heads(product.inputs[1], _FRONT), softmax.inputs[0]
+    if values is None or values.scale != 1 or scores is None:
         return None
-    add = _maker(scores, "Add", "Sum")
-    sides: list[tuple[ir.Value | None, ...]] = [(scores, None)]
-    if add is not None:
-        sides = [tuple(add.inputs), tuple(reversed(add.inputs))] if len(add.inputs) == 2 else []
-    for raw, mask in sides:
+    for raw, masks, adds in _unmasked(scores):
         read = _scores(raw)
-        if read is None or not (mask is None or _broadcasts(mask)):
+        if read is None:
             continue
         queries, keys, inner, scale = read
         scale *= queries.scale * keys.scale
-        if queries.count == keys.count == values.count and scale > 0:
-            nodes = (product, softmax, *([] if add is None else [add]), *inner)
+        end = _end(product, queries, values.size)
+        if end is not None and queries.count == keys.count == values.count and scale > 0:
             sources = (queries.source, keys.source, values.source)
-            return Attention(*sources, mask, values.count, scale, product, *end, nodes)
+            nodes = (product, softmax, *adds, *inner)
+            return Attention(*sources, masks, values.count, scale, product, *end, nodes)
     return None
+
+
+def _unmasked(scores: ir.Value) -> Iterator[tuple[ir.Value, tuple[ir.Value, ...], tuple[ir.Node, ...]]]:
+    """What may be the scores before masks were added, up to two, those masks, and the nodes that add them."""
+    pending: list[tuple[ir.Value, tuple[ir.Value, ...], tuple[ir.Node, ...]]] = [(scores, (), ())]
+    while pending:
+        value, masks, adds = pending.pop(0)
+        yield value, masks, adds
+        add = _maker(value, "Add", "Sum")
+        if add is None or len(add.inputs) != 2 or len(masks) == _MASKS:
+            continue
+        for raw, mask in (add.inputs[:], add.inputs[::-1]):
+            if raw is not None and mask is not None and _broadcasts(mask):
+                pending.append((raw, (*masks, mask), (*adds, add)))
 
 
 def _is_softmax(node: ir.Node, result: ir.Value | None) -> bool:
@@ -128,10 +141,11 @@ _ANY = ("Add", "Div", "MatMul", "Mul", "Softmax", "Sum")
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
-    """`source` [batch, positions, heads x channels], the number of heads, and what they are multiplied by."""
+    """`source` [batch, positions, heads x channels], how many heads, of what size, and what they are multiplied by."""
 
     source: ir.Value
     count: int
+    size: int
     scale: float
 
 
@@ -194,11 +208,12 @@ def _heads(value: ir.Value | None, order: tuple[int, ...]) -> _Heads | None:
     source = node.inputs[0] if node is not None else None
     if node is None or source is None or tuple(perm) != order or not graph.is_float(source):
         return None
-    return None if (heads := _split(node, source)) is None else _Heads(source, heads, scale)
+    found = _split(node, source)
+    return None if found is None else _Heads(source, *found, scale)
 
 
-def _split(node: ir.Node, source: ir.Value) -> int | None:
-    """Heads into which a Reshape splits the last axis of [batch, positions, channels] and leaves the others."""
+def _split(node: ir.Node, source: ir.Value) -> tuple[int, int] | None:
+    """Heads, and channels of each, that a Reshape makes of the last of three axes, when it leaves the others."""
     before, after = source.shape, node.outputs[0].shape
     if before is None or len(before) != 3 or after is None or len(after) != 4:
         return None
@@ -206,7 +221,7 @@ def _split(node: ir.Node, source: ir.Value) -> int | None:
     if not (isinstance(heads, int) and isinstance(size, int)) or heads * size != width:
         return None
     # Of the two other axes, one that stays keeps the other.
-    return heads if any(_stays(node, before, after, axis) for axis in (0, 1)) else None
+    return (heads, size) if any(_stays(node, before, after, axis) for axis in (0, 1)) else None
 
 
 def _stays(node: ir.Node, before: ir.Shape, after: ir.Shape, axis: int) -> bool:
@@ -216,10 +231,12 @@ def _stays(node: ir.Node, before: ir.Shape, after: ir.Shape, axis: int) -> bool:
     return copied or graph.same_size(before[axis], after[axis])
 
 
-def _end(product: ir.Node) -> tuple[ir.Node | None, ir.Node] | None:
+def _end(product: ir.Node, queries: _Heads, size: int) -> tuple[ir.Node | None, ir.Node] | None:
     """The guard behind the last product, if any, and the Reshape that joins the heads again."""
     result, guard = product.outputs[0], None
-    users = result.consumers()
+    if result.is_graph_output():
+        return None
+    users = [user for user in result.consumers() if not graph.is_standard(user, "Shape")]
     if len(users) == 2:
         where = next((user for user in users if graph.is_standard(user, "Where")), None)
         test = graph.producer(where.inputs[0], "IsNaN") if where is not None else None
@@ -227,13 +244,44 @@ def _end(product: ir.Node) -> tuple[ir.Node | None, ir.Node] | None:
         if where is None or not guards or where.inputs[2] is not result or not _alone(where.inputs[1]):
             return None
         guard, result = where, where.outputs[0]
-    back = _only_reader(result, "Transpose")
-    if back is None or tuple(back.attributes.get_ints("perm", [])) != _FRONT or product.outputs[0].is_graph_output():
+    again = _measured(result, "Reshape")
+    if again is not None:
+        if not _keeps(again, queries, size):
+            return None
+        result = again.outputs[0]
+    back = _measured(result, "Transpose")
+    if back is None or tuple(back.attributes.get_ints("perm", [])) != _FRONT:
         return None
-    joined = _only_reader(back.outputs[0], "Reshape")
+    joined = _measured(back.outputs[0], "Reshape")
     if joined is None or joined.inputs[0] is not back.outputs[0]:
         return None
     return guard, joined
+
+
+def _measured(value: ir.Value, op_type: str) -> ir.Node | None:
+    """What alone reads `value`, but for what asks for its shape."""
+    users = [user for user in value.consumers() if not graph.is_standard(user, "Shape")]
+    if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
+        return None
+    return users[0] if graph.is_standard(users[0], op_type) else None
+
+
+def _keeps(node: ir.Node, queries: _Heads, size: int) -> bool:
+    """Whether a Reshape leaves [batch, heads, positions, channels] as it is."""
+    shape, told, own = queries.source.shape, sizes.elements(node.inputs[1]), node.inputs[0]
+    if shape is None or told is None or len(told) != 4:
+        return False
+    if 0 in told and node.attributes.get_int("allowzero", 0) != 0:
+        return False
+    same = 0
+    for axis, (number, dim) in enumerate(zip(told, (shape[0], queries.count, shape[1], size), strict=True)):
+        if isinstance(number, tuple):
+            other = number[0].shape
+            same += number == (own, axis) or (other is not None and graph.same_size(other[number[1]], dim))
+        else:
+            same += number in (0, dim)
+    # The only one that is not seen to stay does, since all others do.
+    return same == 4 or (same == 3 and -1 in told)
 
 
 def _broadcasts(mask: ir.Value) -> bool:

@@ -110,8 +110,7 @@ class Search:
     def run(self) -> None:
         """Try assignments until the budget is met as closely as pays, or the time is up."""
         self._try_float()
-        if self._bits is not None:
-            self._forced = self._sized(self._bits)
+        self._forced = None if self._bits is None else self._sized(self._bits)
         fastest = self._first()
         if fastest is None:
             return
@@ -125,8 +124,8 @@ class Search:
         best = (None if self._late() else self._learn(first)) or first
         if self._late() or self._bits is not None or first.within or best.within or self._unlimited:
             if first is not fastest and not self._late():
-                self.builder.variant = fastest.variant
-                self._learn(fastest)  # The clock may tell them apart after all.
+                self.builder.variant = fastest.variant  # The clock may tell them apart after all.
+                self._learn(fastest)
             return
         # Estimates leave out what the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING

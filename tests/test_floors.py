@@ -89,6 +89,7 @@ FLOORS = [
         "spread",
         "layouts",
         "attention",
+        "sizes",
     },
     {
         "observers",

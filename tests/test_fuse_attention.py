@@ -38,7 +38,7 @@ def attention(
     **numbers,
 ):
     q, kv = (f"float[{batch}, {length}, {WIDTH}]" for length in ("S", keys))
-    masks = f", float[{mask}] mask" if "mask" in scores else more
+    masks = more or (f", float[{mask}] mask" if "mask" in scores else "")
     text = f"g ({q} q, {kv} k, {kv} v{masks}) => ({out}) {{ {parts.format(scores=scores, guard=guard, end=end)} }}"
     constants = {
         "split": np.array([0, 0, HEADS, SIZE]),
@@ -58,7 +58,7 @@ def feeds(kit, n=2, s=3, t=5, mask=None):
 def fused(model, name="x86-vnni"):
     target = registry.target(name)
     after = model.clone()
-    Canonicalize(target.min_opset, target.attention)(after)
+    Canonicalize(target.min_opset, target.attention is not None)(after)
     FoldShapes()(after)
     BoundMasks(target)(after)
     FuseAttention(target)(after)
@@ -107,7 +107,7 @@ def test_spellings_of_the_scores(model_kit, scores):
     [
         "p = MatMul (qt, kt)  m = Add (p, mask)  s = Mul (m, root)",  # Scales the mask, too.
         "p = MatMul (qt, kt)  a = Neg (p)  s = Add (a, mask)",
-        "p = MatMul (qt, kt)  m = Add (p, mask)  s = Add (m, mask)",
+        "p = MatMul (qt, kt)  l = Add (p, mask)  m = Add (l, mask)  s = Add (m, mask)",
         "n = Neg (root)  p = MatMul (qt, kt)  s = Mul (p, n)",  # No scale of the operator's is negative.
         "p = MatMul (kt, qt)  m = Transpose <perm = [0, 1, 3, 2]> (p)  s = MatMul (m, p)",
     ],
@@ -166,6 +166,30 @@ def test_rows_hidden_altogether_by_the_lowest_float(model_kit):
     model_kit.same(model, after, given)
 
 
+def test_two_masks_are_added_once(model_kit):
+    scores = "p = MatMul (qt, kt)  b = Add (bias, p)  s = Add (b, mask)"
+    model = attention(model_kit, scores, more=", float[N, 1, 1, T] mask, float[1, 3, S, T] bias", mask="")
+    after = fused(model)
+    assert sorted(model_kit.ops(after)) == ["Add", "Attention"]
+    given = feeds(model_kit, mask=(2, 1, 1, 5))
+    model_kit.same(model, after, [{**given[0], "bias": model_kit.normal(1, 3, 3, 5, seed=7)}])
+
+
+@pytest.mark.parametrize("target", [[0, 0, 0, 0], [0, HEADS, -1, SIZE], [-1, 0, 0, 0], [0, -1, 0, SIZE]])
+def test_a_reshape_to_the_same_shape_is_passed_over(model_kit, target):
+    again = "  z = Reshape (o, same)"
+    model = attention(model_kit, guard=again, end="z", same=target)
+    after = fused(model)
+    assert model_kit.ops(after) == ["Attention"]
+    model_kit.same(model, after, feeds(model_kit, mask=(2, 1, 3, 5)))
+
+
+def test_a_reshape_to_another_shape_is_not(model_kit):
+    again = "  z = Reshape (o, same)"
+    model = attention(model_kit, guard=again, end="z", same=[0, 6, -1, 2], out="float[A, B, 12] y", join=[0, -1, WIDTH])
+    assert "Attention" not in model_kit.ops(fused(model))
+
+
 @pytest.mark.parametrize("join", [[-1, WIDTH], [0, -1], [0, 0, HEADS, SIZE], [0, 0, -1]])
 def test_what_reads_the_heads_in_another_shape_goes_on(model_kit, join):
     out = "float[A, B] y" if len(join) == 2 else f"float[{', '.join('NSHD'[: len(join)])}] y"
@@ -204,7 +228,7 @@ def test_models_without_attention_keep_their_opset(model_kit):
     )
     target = registry.target("x86-vnni")
     before = model.graph.opset_imports[""]
-    Canonicalize(target.min_opset, target.attention)(model)
+    Canonicalize(target.min_opset, target.attention is not None)(model)
     assert model.graph.opset_imports[""] == max(before, target.min_opset)
 
 

@@ -1,0 +1,77 @@
+"""What the arithmetic of shapes that exporters write into a graph can give, without running it."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from qgraph import graph
+
+__all__ = ["Size", "elements", "natural"]
+
+_SMALL = 64
+_DIMENSIONS = ("Shape", "Size")
+_MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
+
+Size: TypeAlias = "int | tuple[ir.Value, int] | None"
+"""A number; a dimension of a value, counted from its first; or neither."""
+
+
+def natural(value: ir.Value | None) -> bool:
+    """Whether all numbers of `value` are dimensions of something, moved about at most, or constants from 0 on."""
+    pending, seen = [value], set[ir.Value]()
+    while pending:
+        one = pending.pop()
+        if one is None or len(seen) > _SMALL:
+            return False
+        if one in seen:
+            continue
+        seen.add(one)
+        array = graph.constant(one)
+        if array is not None:
+            if array.size > _SMALL or not np.all(array >= 0):
+                return False
+        elif graph.producer(one, *_DIMENSIONS) is None:
+            node = graph.producer(one, *_MOVES)
+            if node is None:
+                return False
+            pending.extend(node.inputs if node.op_type == "Concat" else node.inputs[:1])
+    return True
+
+
+def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
+    """Each number of a vector or scalar of sizes; None where not even their count is known."""
+    array = graph.constant(value)
+    if array is not None:
+        return [int(n) for n in array.reshape(-1)] if array.dtype.kind == "i" and array.size <= _SMALL else None
+    node = graph.producer(value, "Shape", *_MOVES)
+    if value is None or node is None or depth == 0:
+        return None
+    if node.op_type == "Shape":
+        x = node.inputs[0]
+        if x is None or x.shape is None:
+            return None
+        rank = len(x.shape)
+        return list[Size]((x, i) for i in range(rank)[_slice(node, rank)])
+    if node.op_type == "Concat":
+        parts = [elements(part, depth - 1) for part in node.inputs]
+        return None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
+    found = elements(node.inputs[0], depth - 1)
+    if found is None or node.op_type in ("Squeeze", "Unsqueeze", "Cast", "Reshape"):
+        return found
+    numbers = [graph.constant(one) for one in node.inputs[1:] if one is not None]
+    picked = [array.reshape(-1) for array in numbers if array is not None]
+    if len(picked) < max(1, len(numbers)):
+        return None
+    if node.op_type == "Gather":
+        index = [int(i) for i in picked[0]]
+        return [found[i] for i in index] if all(-len(found) <= i < len(found) for i in index) else None
+    if len(picked) < 2 or any(array.size != 1 for array in picked) or (len(picked) > 3 and picked[3][0] != 1):
+        return None
+    return found[int(picked[0][0]) : int(picked[1][0])]
+
+
+def _slice(node: ir.Node, rank: int) -> slice:
+    return slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank))

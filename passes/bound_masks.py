@@ -66,7 +66,9 @@ class BoundMasks(ir.passes.InPlacePass):
         ends: dict[ir.Value, bool] = {}
         changed = False
         for value in list(model.graph.initializers.values()):
-            if value.dtype == ir.DataType.FLOAT and self._is_mask(value.const_value):
+            if value.dtype != ir.DataType.FLOAT or (self.mask is None and not _ends_in_softmax(value, ends, _FAR)):
+                continue  # Before anything is read: weights are large.
+            if self._is_mask(value.const_value):
                 if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR):
                     if self.mask is not None:
                         self.refused[str(value.name)] = "it is no mask before a Softmax alone, or may be overridden"

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qgraph import shards, widened
 from qgraph.errors import ExternalDataError, ModelError, OptionError, QGraphError, first_line
+from qgraph.external import data_files
 from qgraph.session import max_ir_version
 from qgraph.staged import Staged
 from qgraph.widened import Widened
@@ -119,8 +120,7 @@ def _check_external(model: ir.Model, folder: Path) -> None:
 
 def size_on_disk(path: Path) -> int:
     """Bytes of the model file and of all files of external data that it names."""
-    files = {Path(t.path) for _, t in _tensors(ir.load(path)) if isinstance(t, ir.ExternalTensor)}
-    return path.stat().st_size + sum(file.stat().st_size for file in files)
+    return path.stat().st_size + sum(file.stat().st_size for file in data_files(path))
 
 
 def weight_bytes(model: ir.Model) -> int:

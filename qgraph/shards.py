@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qgraph.errors import OptionError
+from qgraph.external import data_files
 from qgraph.words import size
 
 __all__ = ["WEB", "free_name", "left_behind", "limit", "notes", "parsed", "quiet"]
@@ -73,7 +74,7 @@ def quiet() -> Generator[None]:
 
 def notes(path: Path, most: int | None) -> list[str]:
     """What is worth telling of the files of the model at `path`."""
-    files = _files(path)
+    files = data_files(path)
     if most is None or not files:
         return []
     told: list[str] = []
@@ -92,19 +93,13 @@ def notes(path: Path, most: int | None) -> list[str]:
 def left_behind(output: Path, path: Path) -> list[str]:
     """A note on files of weights that belong to what stood at `output`, and not to the model at `path`, if any."""
     try:
-        old = _files(output) if output.is_file() else []
+        old = data_files(output) if output.is_file() else ()
     except Exception:  # whatever stood there is replaced, and need not be a model
         return []
-    new = {output.resolve().parent / file.name for file in _files(path)}
+    new = {output.resolve().parent / file.name for file in data_files(path)}
     left = [file for file in old if file not in new and file.is_file()]
     if not left:
         return []
     total = sum(file.stat().st_size for file in left)
     names = ", ".join(sorted(file.name for file in left))
     return [f"Weights of the model that stood at {str(output)!r} before are left: {names} ({size(total)})."]
-
-
-def _files(path: Path) -> list[Path]:
-    graphs = ir.load(path).graphs()
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    return sorted({Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)})

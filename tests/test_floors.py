@@ -61,6 +61,7 @@ FLOORS = [
         "profiles",
         "calibration",
         "modelio",
+        "external",
         "staged",
         "session",
         "brain_floats",

@@ -79,9 +79,9 @@ def qgraph(variant: str, model: Path, runs: Runs, output: Path) -> None:
 def ort(variant: str, model: Path, runs: Runs, output: Path) -> None:
     """onnxruntime: `default`, `u8s8` (per-channel), `u8s8-tensor`, `u8s8-matmul`, `percentile`, `dynamic`.
 
-    And weights in 4 bits in blocks of 32, 64 or 128: `int4-32` to nearest, `gptq-32`.
+    And weights in 4 bits in blocks of 32, 64 or 128, to nearest: `int4-32`.
     """
-    if variant.partition("-")[0] in ("int4", "gptq"):
+    if variant.partition("-")[0] == "int4":
         _ort_blocks(*variant.split("-"), model=model, runs=runs, output=output)
         return
     from onnxruntime import quantization as ortq
@@ -111,7 +111,7 @@ def _ort_blocks(algorithm: str, size: str, *, model: Path, runs: Runs, output: P
 
     configs: dict[str, Any] = {
         "int4": lambda: blocks.DefaultWeightOnlyQuantConfig(int(size), accuracy_level=4),
-        "hqq": lambda: blocks.HQQWeightOnlyQuantConfig(int(size)),  # Needs torch, as the others do not.
+        "hqq": lambda: blocks.HQQWeightOnlyQuantConfig(int(size)),
         "gptq": lambda: blocks.GPTQWeightOnlyQuantConfig(
             calibration_data_reader=reader(CalibrationDataReader, runs), block_size=int(size)
         ),
@@ -126,6 +126,11 @@ def _ort_blocks(algorithm: str, size: str, *, model: Path, runs: Runs, output: P
 def hqq(variant: str, model: Path, runs: Runs, output: Path) -> None:
     """onnxruntime's HQQ, in an environment that has torch; `variant` is the size of blocks."""
     _ort_blocks("hqq", variant, model=model, runs=runs, output=output)
+
+
+def gptq(variant: str, model: Path, runs: Runs, output: Path) -> None:
+    """onnxruntime's GPTQ, which needs torch, too; `variant` is the size of blocks."""
+    _ort_blocks("gptq", variant, model=model, runs=runs, output=output)
 
 
 def nncf(variant: str, model: Path, runs: Runs, output: Path) -> None:
@@ -172,7 +177,7 @@ def quark(variant: str, model: Path, runs: Runs, output: Path) -> None:
 
 
 QUANTIZERS: dict[str, Callable[[str, Path, Runs, Path], None]] = {
-    "qgraph": qgraph, "ort": ort, "hqq": hqq, "nncf": nncf, "inc": inc, "quark": quark,
+    "qgraph": qgraph, "ort": ort, "hqq": hqq, "gptq": gptq, "nncf": nncf, "inc": inc, "quark": quark,
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ REQUIREMENTS = {
     # The rest of what it imports, which it does not declare.
     "inc": ("onnx-neural-compressor", "prettytable", "psutil", "scipy"),
     "hqq": ("onnxruntime", "onnx", "onnx_ir", "torch"),
+    "gptq": ("onnxruntime", "onnx", "onnx_ir", "torch"),
     # The newest runtime that it says it knows.
     "quark": ("amd-quark", "torch", "onnxruntime<=1.28.0"),
 }

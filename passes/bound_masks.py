@@ -66,10 +66,12 @@ class BoundMasks(ir.passes.InPlacePass):
         ends: dict[ir.Value, bool] = {}
         changed = False
         for value in list(model.graph.initializers.values()):
-            if value.dtype != ir.DataType.FLOAT or (self.mask is None and not _ends_in_softmax(value, ends, _FAR)):
+            if value.dtype != ir.DataType.FLOAT or (
+                self.mask is None and not _ends_in_softmax(value, ends, _FAR, self.mask is None)
+            ):
                 continue  # Before anything is read: weights are large.
             if self._is_mask(value.const_value):
-                if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR):
+                if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR, self.mask is None):
                     if self.mask is not None:
                         self.refused[str(value.name)] = "it is no mask before a Softmax alone, or may be overridden"
                     continue
@@ -84,7 +86,7 @@ class BoundMasks(ir.passes.InPlacePass):
             is_float = tensor is not None and tensor.dtype == ir.DataType.FLOAT
             if tensor is None or not is_float or not self._is_mask(tensor):
                 continue
-            if _ends_in_softmax(node.outputs[0], ends, _FAR):
+            if _ends_in_softmax(node.outputs[0], ends, _FAR, self.mask is None):
                 node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(self._bounded(tensor)))
                 self._tell(str(node.outputs[0].name))
                 changed = True
@@ -111,7 +113,7 @@ class BoundMasks(ir.passes.InPlacePass):
         return bool((array == _LOWEST).any()) if self.mask is None else float(np.min(array)) <= _LEAST
 
 
-def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int) -> bool:
+def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int, any_factor: bool) -> bool:
     """Whether every way from `value` leads into a Softmax, and nothing on the way makes a number of it that counts."""
     if value in known:
         return known[value]
@@ -121,16 +123,18 @@ def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int) -> 
     known[value] = all(
         graph.is_standard(node, "Softmax")
         or (
-            (graph.is_standard(node, *_MOVERS, *_SUMS) or _switches(node, value))
-            and all(_ends_in_softmax(one, known, far - 1) for one in node.outputs)
+            (graph.is_standard(node, *_MOVERS, *_SUMS) or _switches(node, value, any_factor))
+            and all(_ends_in_softmax(one, known, far - 1, any_factor) for one in node.outputs)
         )
         for node in value.consumers()
     )
     return known[value]
 
 
-def _switches(node: ir.Node, value: ir.Value) -> bool:
-    """Whether `node` multiplies `value` by what is 0 or 1."""
+def _switches(node: ir.Node, value: ir.Value, any_factor: bool) -> bool:
+    """Whether `node` multiplies `value` by what is 0 or 1, or by anything where that will do."""
+    if any_factor and graph.is_standard(node, "Mul"):
+        return True  # Next to the lowest number, no factor makes the little less of it count.
     if not graph.is_standard(node, "Mul"):
         return False
     others = [one for one in node.inputs if one is not value]

@@ -19,8 +19,8 @@ from qgraph.graph import all_graphs, fresh_name, is_standard
 __all__ = ["Canonicalize"]
 
 _QUANTIZE_SINCE = 13
-_IN_PLACE = 18
-"""From here on the converter keeps nodes and values as they are, at any later time."""
+_IN_PLACE = 21
+"""From here to 23 the converter keeps nodes and values as they are, at any later time."""
 _FILLERS = ("ConstantOfShape", "Expand", "Tile")
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LARGE = 1 << 26
@@ -31,7 +31,7 @@ class Canonicalize(ir.passes.InPlacePass):
 
     Args:
         opset: the opset to reach. A model that cannot be converted keeps its own if that is at least 13.
-        attention: whether to reach opset 18, if the converter can, where there may be attention to fuse.
+        attention: whether to reach opset 21, if the converter can, where there may be attention to fuse.
     """
 
     def __init__(self, opset: int = 21, attention: bool = False):

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from qgraph import graph
+from qgraph.heads import is_default
 from qgraph.sizes import elements, natural
 
 __all__ = ["FoldShapes"]
@@ -69,10 +70,11 @@ def _known_dimension(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
     if shape is None or x is None or x.shape is None or out.is_graph_output():
         return False
     dims = list(x.shape)[shape.attributes.get_int("start", 0) : shape.attributes.get_int("end", len(x.shape))]
-    numbers = [graph.constant(v) for v in node.inputs[1:] if v is not None]
-    arrays = [array for array in numbers if array is not None]
-    if len(arrays) < max(1, len(numbers)):
+    given = [v is not None for v in node.inputs[1:]]
+    numbers = [graph.constant(v) for v in node.inputs[1:]]
+    if not given or any(array is None for array, there in zip(numbers, given, strict=True) if there):
         return False
+    arrays = [np.array([1]) if array is None else array for array in numbers]
     if node.op_type == "Gather":
         if any(not -len(dims) <= index < len(dims) for index in arrays[0].reshape(-1)):
             return False
@@ -96,6 +98,8 @@ def _settle(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
     """Give a Reshape a constant shape; tell whether that or a better shape of its output was found."""
     x, out = node.inputs[0], node.outputs[0]
     if x is None or x.shape is None or out.shape is None or len(node.inputs) < 2 or node.inputs[1] is None:
+        return False
+    if is_default(node.inputs[1]):
         return False
     better = _missing_dimension(x.shape, out.shape)
     if better is not None:

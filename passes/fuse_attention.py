@@ -22,13 +22,16 @@ from qgraph.targets import Target
 __all__ = ["FuseAttention"]
 
 _Dim = int | ir.SymbolicDim
+_UNKNOWN = "unk__"
+"""How onnx's inference begins the names of dimensions that it does not know."""
 
 
 class FuseAttention(ir.passes.InPlacePass):
     """Attention in parts becomes one operator, where the target has a fast one; the model gets the opset that knows it.
 
-    Refused, silently since nothing is lost: masks that may have more batches than the queries or another number of
-    heads, and whatever `qgraph.attention.find` does not follow.
+    Refused, silently since nothing is lost: queries, keys and values that are not seen to have one batch, masks that
+    would repeat the scores, and whatever `qgraph.attention.find` does not follow. Without any query, key or batch the
+    operator is an error of the runtime, where the parts make nothing of nothing.
     """
 
     def __init__(self, target: Target):
@@ -71,16 +74,18 @@ def _raised(model: ir.Model, opset: int) -> bool:
 
 
 def _fits(one: Attention) -> bool:
-    """Whether the mask has the queries' batch and heads, or one for all, and what reads the result can go on."""
-    queries = one.queries.shape
-    for value in one.masks:
-        mask = value.shape
-        if mask is not None and len(mask) > 2 and isinstance(mask[-3], int) and mask[-3] not in (1, one.heads):
+    """Whether nothing is repeated but masks, and what reads the result can go on."""
+    queries, keys, values = one.queries.shape, one.keys.shape, one.values.shape
+    if queries is None or keys is None or values is None:
+        return False
+    batches = graph.same_size(queries[0], keys[0]) and graph.same_size(keys[0], values[0])
+    if not batches or not graph.same_size(keys[1], values[1]):
+        return False
+    whole = (queries[0], one.heads, queries[1], keys[1])
+    for mask in one.masks:
+        dims = [] if mask.shape is None else list(mask.shape.dims)
+        if not all(_within(dim, size) for dim, size in zip(dims[::-1], whole[::-1], strict=False)):
             return False
-        if mask is not None and queries is not None and len(mask) > 3:
-            free = not isinstance(mask[0], int) and not isinstance(queries[0], int)
-            if mask[0] != 1 and mask[0] != queries[0] and not free:
-                return False
     target = graph.constant(one.joined.inputs[1])
     if target is None:
         # What is computed from sizes is 0 where there is nothing at all.
@@ -89,6 +94,19 @@ def _fits(one: Attention) -> bool:
     # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another.
     copies = target == 0
     return not copies[2:].any() and not (copies.any() and one.joined.attributes.get_int("allowzero", 0))
+
+
+def _within(dim: _Dim, size: _Dim) -> bool:
+    """Whether a mask's dimension is seen to be 1 or `size`, or has no name to tell it by and cannot well be another."""
+    if dim == 1 or graph.same_size(dim, size):
+        return True
+    if isinstance(dim, int) or size == 1:
+        return False
+    return isinstance(size, int) or not (_is_named(dim) and _is_named(size))
+
+
+def _is_named(dim: ir.SymbolicDim) -> bool:
+    return dim.value is not None and not str(dim.value).startswith(_UNKNOWN)
 
 
 def _joins(one: Attention) -> bool:

@@ -9,11 +9,15 @@ import onnx_ir as ir
 
 from qgraph import graph
 
-__all__ = ["Size", "elements", "natural"]
+__all__ = ["MOVES", "Size", "elements", "natural"]
 
+_ALONG = ("Concat", "Gather", "Slice")
+"""They work along an axis, of which a vector has one."""
+_WIDE = (ir.DataType.INT32, ir.DataType.INT64)
 _SMALL = 64
 _DIMENSIONS = ("Shape", "Size")
-_MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
+MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
+"""Operators that move sizes about and make no others of them."""
 
 Size: TypeAlias = "int | tuple[ir.Value, int] | None"
 """A number; a dimension of a value, counted from its first; or neither."""
@@ -34,7 +38,7 @@ def natural(value: ir.Value | None) -> bool:
             if array.size > _SMALL or not np.all(array >= 0):
                 return False
         elif graph.producer(one, *_DIMENSIONS) is None:
-            node = graph.producer(one, *_MOVES)
+            node = graph.producer(one, *MOVES)
             if node is None:
                 return False
             pending.extend(node.inputs if node.op_type == "Concat" else node.inputs[:1])
@@ -46,7 +50,7 @@ def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
     array = graph.constant(value)
     if array is not None:
         return [int(n) for n in array.reshape(-1)] if array.dtype.kind == "i" and array.size <= _SMALL else None
-    node = graph.producer(value, "Shape", *_MOVES)
+    node = graph.producer(value, "Shape", *MOVES)
     if value is None or node is None or depth == 0:
         return None
     if node.op_type == "Shape":
@@ -55,22 +59,32 @@ def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
             return None
         rank = len(x.shape)
         return list[Size]((x, i) for i in range(rank)[_slice(node, rank)])
+    if node.op_type == "Cast" and node.attributes.get_int("to", 0) not in _WIDE:
+        return None
+    count = len(node.inputs) if node.op_type == "Concat" else 1
+    if node.op_type in _ALONG and not all(_is_vector(source) for source in node.inputs[:count]):
+        return None
     if node.op_type == "Concat":
         parts = [elements(part, depth - 1) for part in node.inputs]
         return None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
     found = elements(node.inputs[0], depth - 1)
-    if found is None or node.op_type in ("Squeeze", "Unsqueeze", "Cast", "Reshape"):
+    if found is None or node.op_type not in _ALONG:
         return found
-    numbers = [graph.constant(one) for one in node.inputs[1:] if one is not None]
-    picked = [array.reshape(-1) for array in numbers if array is not None]
-    if len(picked) < max(1, len(numbers)):
+    numbers = [None if one is None else graph.constant(one) for one in node.inputs[1:]]
+    if any(array is None for one, array in zip(node.inputs[1:], numbers, strict=True) if one is not None):
         return None
+    picked = [None if array is None else [int(n) for n in array.reshape(-1)] for array in numbers]
     if node.op_type == "Gather":
-        index = [int(i) for i in picked[0]]
+        index = picked[0] or []
         return [found[i] for i in index] if all(-len(found) <= i < len(found) for i in index) else None
-    if len(picked) < 2 or any(array.size != 1 for array in picked) or (len(picked) > 3 and picked[3][0] != 1):
+    start, end, _, step = [*picked, *[None] * (4 - len(picked))][:4]
+    if not start or not end or (step is not None and step != [1]):
         return None
-    return found[int(picked[0][0]) : int(picked[1][0])]
+    return found[start[0] : end[0]]
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and len(value.shape) <= 1
 
 
 def _slice(node: ir.Node, rank: int) -> slice:

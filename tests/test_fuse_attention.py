@@ -35,6 +35,7 @@ def attention(
     batch="N",
     keys="T",
     more="",
+    opset=21,
     **numbers,
 ):
     q, kv = (f"float[{batch}, {length}, {WIDTH}]" for length in ("S", keys))
@@ -47,7 +48,7 @@ def attention(
         "zero": np.array(0, np.float32),
         **{name: np.array(number) for name, number in numbers.items()},
     }
-    return kit.text(text, **{name: value for name, value in constants.items() if name in text})
+    return kit.text(text, opset=opset, **{name: value for name, value in constants.items() if name in text})
 
 
 def feeds(kit, n=2, s=3, t=5, mask=None):
@@ -197,6 +198,42 @@ def test_what_reads_the_heads_in_another_shape_goes_on(model_kit, join):
     after = fused(model)
     assert "Attention" in model_kit.ops(after)
     model_kit.same(model, after, feeds(model_kit, mask=(2, 1, 3, 5)))
+
+
+@pytest.mark.parametrize(("q", "k", "v"), [(1, "N", "N"), ("N", 1, 1), ("N", "N", 1), ("N", "M", "M")])
+def test_batches_that_are_repeated_are_left(model_kit, q, k, v):
+    text = attention(model_kit, "s = MatMul (qt, kt)").graph
+    for value, batch in zip(text.inputs, (q, k, v), strict=True):
+        value.shape = ir.Shape([batch, *value.shape[1:]])
+    text.outputs[0].shape = ir.Shape(["B", "S", WIDTH])
+    model = ir.Model(text, ir_version=10)
+    assert "Attention" not in model_kit.ops(fused(model))
+
+
+def test_a_target_that_a_caller_may_override_is_left(model_kit):
+    model = attention(model_kit)
+    model.graph.inputs.append(model.graph.initializers["split"])
+    assert "Attention" not in model_kit.ops(fused(model))
+
+
+def test_what_asks_for_the_shape_of_a_product_keeps_it(model_kit):
+    out = "float[N, S, 12] y, int64[4] size"
+    model = attention(model_kit, parts=PARTS + "  size = Shape (o)", out=out)
+    assert "Attention" not in model_kit.ops(fused(model))
+
+
+def test_what_is_beside_it_keeps_its_name_and_its_constants(model_kit):
+    """The converter would write GroupNormalization's constants as nodes, at any later time."""
+    more = "  g = GroupNormalization <num_groups = 2> (extra, gain, gain)"
+    numbers = {"gain": np.ones(2, np.float32)}
+    model = attention(
+        model_kit, parts=PARTS + more, more=", float[N, 1, S, T] mask, float[N, 4, 3] extra",
+        out="float[N, S, 12] y, float[N, 4, 3] g", opset=18, **numbers,
+    )  # fmt: skip
+    after = fused(model)
+    assert "Attention" in model_kit.ops(after) and "Constant" not in model_kit.ops(after)
+    given = [{**feeds(model_kit, mask=(2, 1, 3, 5))[0], "extra": model_kit.normal(2, 4, 3)}]
+    model_kit.same(model, after, given)
 
 
 @pytest.mark.parametrize(("batch", "mask"), [(1, "2, 1, S, T"), ("N", "2, 1, S, T"), (1, "M, 1, S, T")])

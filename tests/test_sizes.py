@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.passes import common
 from qgraph.passes import Canonicalize, FoldShapes
 
 from qgraph.session import Session, SessionOptions
@@ -62,6 +63,7 @@ def arithmetic(draw):
 def test_every_number_is_what_a_run_computes(model_kit, made):
     text, constants, result = made
     model = model_kit.text(f"g (float[A, B, C, D] x) => (int64[K] out) {{ {text} }}", **constants)
+    common.ShapeInferencePass()(model)
     value = next(v for node in model.graph for v in node.inputs if v is not None and v.name == result)
     told = elements(value)
     try:

@@ -129,7 +129,7 @@ class Search:
             return
         # Estimates leave out what the graph makes of an error; where the budget decides, that is measured.
         half = time.monotonic() + (self.deadline - time.monotonic()) * _MEASURING
-        self.noises.measure(_MATTER, lambda: self._late() or time.monotonic() > half)
+        self.noises.measure(_MATTER, lambda: self._late() or time.monotonic() > half, best.assignment)
         self._narrow(best)
 
     def _first(self) -> Trial | None:

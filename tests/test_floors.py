@@ -90,6 +90,7 @@ FLOORS = [
         "spread",
         "layouts",
         "attention",
+        "roles",
         "heads",
         "sizes",
     },

@@ -47,6 +47,7 @@ class Builder:
         self.saved, self.refused, self.broken = saved, set(refused), set(broken)
         self.calls, self.learned, self.learning, self.learns = [], 0, 0.0, False
         self.order = None
+        self.prepared = SimpleNamespace(graph=[])
         self.variants, self.variant, self.calibrated, self.fixed = ("none",), "none", False, False
 
     def paid(self, built):

@@ -63,16 +63,15 @@ class BoundMasks(ir.passes.InPlacePass):
         """Apply in place."""
         if self.mask is None and not self.attention:
             return ir.passes.PassResult(model, False)
+        lowest = self.mask is None
         ends: dict[ir.Value, bool] = {}
         changed = False
         for value in list(model.graph.initializers.values()):
-            if value.dtype != ir.DataType.FLOAT or (
-                self.mask is None and not _ends_in_softmax(value, ends, _FAR, self.mask is None)
-            ):
+            if value.dtype != ir.DataType.FLOAT or (lowest and not _ends_in_softmax(value, ends, _FAR, lowest)):
                 continue  # Before anything is read: weights are large.
             if self._is_mask(value.const_value):
-                if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR, self.mask is None):
-                    if self.mask is not None:
+                if not graph.has_constant(value) or not _ends_in_softmax(value, ends, _FAR, lowest):
+                    if not lowest:
                         self.refused[str(value.name)] = "it is no mask before a Softmax alone, or may be overridden"
                     continue
                 tensor = value.const_value
@@ -86,7 +85,7 @@ class BoundMasks(ir.passes.InPlacePass):
             is_float = tensor is not None and tensor.dtype == ir.DataType.FLOAT
             if tensor is None or not is_float or not self._is_mask(tensor):
                 continue
-            if _ends_in_softmax(node.outputs[0], ends, _FAR, self.mask is None):
+            if _ends_in_softmax(node.outputs[0], ends, _FAR, lowest):
                 node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(self._bounded(tensor)))
                 self._tell(str(node.outputs[0].name))
                 changed = True

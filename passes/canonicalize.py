@@ -6,8 +6,6 @@ made unique; the opset is raised to what the target needs when the converter can
 
 from __future__ import annotations
 
-import logging
-
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
@@ -15,6 +13,7 @@ from onnxscript import optimizer, version_converter
 from qgraph.attention import likely
 from qgraph.errors import ModelError, first_line
 from qgraph.graph import all_graphs, fresh_name, is_standard
+from qgraph.quiet import quiet
 
 __all__ = ["Canonicalize"]
 
@@ -121,18 +120,14 @@ def _convert(model: ir.Model, opset: int) -> None:
     graph = model.graph
     metadata, doc, name = dict(graph.metadata_props), graph.doc_string, graph.name
     inputs, outputs = [(v.name, v.type, v.shape) for v in graph.inputs], [v.name for v in graph.outputs]
-    logger = logging.getLogger("onnxscript.version_converter")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
-        version_converter.ConvertVersionPass(target_version=opset, fallback=True)(model)
+        with quiet("onnxscript.version_converter"):
+            version_converter.ConvertVersionPass(target_version=opset, fallback=True)(model)
     except Exception as error:
         if current < _QUANTIZE_SINCE:
             raise ModelError(
                 f"The model has opset {current} and cannot be converted to {opset}: {first_line(error)}"
             ) from error
-    finally:
-        logger.setLevel(level)
     graph = model.graph
     graph.metadata_props.update(metadata)
     graph.doc_string, graph.name = doc, name
@@ -174,10 +169,5 @@ def _name_nodes(model: ir.Model) -> None:
 
 def _infer(model: ir.Model) -> None:
     """Fill in missing types and shapes; those of the caller are never replaced by weaker ones."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+    with quiet("onnx_ir"):
         common.ShapeInferencePass(data_prop=True)(model)
-    finally:
-        logger.setLevel(level)

@@ -6,7 +6,6 @@ the same in every run; a Reshape copies the dimensions that it keeps and infers 
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 
 import numpy as np
@@ -16,6 +15,7 @@ from onnxscript import optimizer
 
 from qgraph import graph
 from qgraph.heads import is_default
+from qgraph.quiet import quiet
 from qgraph.sizes import elements, natural
 
 __all__ = ["FoldShapes"]
@@ -23,8 +23,6 @@ __all__ = ["FoldShapes"]
 _ROUNDS = 3
 """What one round finds out about shapes, the next may fold; exports of torch need two."""
 _SMALL = 64
-_UNKNOWN = "unk__"
-"""How onnx's inference begins the names of dimensions that it does not know."""
 
 
 class FoldShapes(ir.passes.InPlacePass):
@@ -179,13 +177,8 @@ def _infer(model: ir.Model) -> None:
     """Infer shapes; names that an earlier inference gave to what it did not know would else stay."""
     for node in model.graph:
         for value in node.outputs:
-            if value.shape is not None and any(str(dim).startswith(_UNKNOWN) for dim in value.shape):
-                dims = [None if str(dim).startswith(_UNKNOWN) else dim for dim in value.shape]
+            if value.shape is not None and any(str(dim).startswith(graph.UNKNOWN) for dim in value.shape):
+                dims = [None if str(dim).startswith(graph.UNKNOWN) else dim for dim in value.shape]
                 value.shape = ir.Shape(dims)
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
+    with quiet("onnx_ir"):
         common.ShapeInferencePass(data_prop=True)(model)
-    finally:
-        logger.setLevel(level)

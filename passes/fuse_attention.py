@@ -8,92 +8,101 @@ values (`BoundMasks` takes care of constants); here newer runtimes make both 0.
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from qgraph import graph, sizes
-from qgraph.attention import Attention, find
+from qgraph.attention import Attention, between, find
+from qgraph.quiet import quiet
 from qgraph.targets import Target
 
 __all__ = ["FuseAttention"]
 
 _Dim = int | ir.SymbolicDim
-_UNKNOWN = "unk__"
-"""How onnx's inference begins the names of dimensions that it does not know."""
+_OTHER = "it is in a form that is not followed: heads beside a cache, turned or in groups, say"
 
 
 class FuseAttention(ir.passes.InPlacePass):
     """Attention in parts becomes one operator, where the target has a fast one; the model gets the opset that knows it.
 
-    Refused, silently since nothing is lost: queries, keys and values that are not seen to have one batch, masks that
-    would repeat the scores, and whatever `qgraph.attention.find` does not follow. Without any query, key or batch the
-    operator is an error of the runtime, where the parts make nothing of nothing.
+    Refused, with the reason: queries, keys and values that are not seen to have one batch, masks that would repeat the
+    scores, and whatever `qgraph.attention.find` does not follow. Without any query, key or batch the operator is an
+    error of the runtime, where the parts make nothing of nothing.
+
+    Attributes:
+        refused: Softmax -> why what is around it stays in parts.
     """
 
     def __init__(self, target: Target):
         super().__init__()
         self.target = target
+        self.refused: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
+        self.refused = {}
         main, since = model.graph, self.target.attention
-        if since is None or not any(_found(node) for node in main) or not _raised(model, since):
+        if since is None:
             return ir.passes.PassResult(model, False)
-        writer, changed = _Writer(main), False
-        for node in list(main):
-            one = _found(node)
+        found = {node: one for node in main if (one := _found(node)) is not None}
+        self.refused = {graph.label(node): one for node, one in found.items() if isinstance(one, str)}
+        softmaxes = [node for node, one in found.items() if isinstance(one, Attention)]
+        if not softmaxes or not _raised(model, since):
+            return ir.passes.PassResult(model, False)
+        writer = _Writer(main)
+        for node in softmaxes:
+            # Once more: what it reads may have been another's result.
+            one = find(node)
             if one is not None:
                 writer.replace(one)
-                changed = True
-        if changed:
-            common.RemoveUnusedNodesPass()(model)
-            common.TopologicalSortPass()(model)
-        return ir.passes.PassResult(model, changed)
+        common.RemoveUnusedNodesPass()(model)
+        common.TopologicalSortPass()(model)
+        return ir.passes.PassResult(model, True)
 
 
-def _found(node: ir.Node) -> Attention | None:
+def _found(node: ir.Node) -> Attention | str | None:
+    """The attention around a Softmax; why it stays in parts; None where there is none."""
     one = find(node)
-    return one if one is not None and _fits(one) else None
+    if one is None:
+        return (
+            "it is in a form that is not followed: heads beside a cache, turned or in groups, say"
+            if between(node)
+            else None
+        )
+    return _obstacle(one) or one
 
 
 def _raised(model: ir.Model, opset: int) -> bool:
     """Bring the model to an opset, if it can be done in place."""
     if model.graph.opset_imports.get("", 0) < opset:
-        logger = logging.getLogger("onnxscript.version_converter")
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
-        try:
+        with quiet("onnxscript.version_converter"):
             version_converter.ConvertVersionPass(target_version=opset, fallback=False)(model)
-        finally:
-            logger.setLevel(level)
     return model.graph.opset_imports.get("", 0) >= opset
 
 
-def _fits(one: Attention) -> bool:
-    """Whether nothing is repeated but masks, and what reads the result can go on."""
+def _obstacle(one: Attention) -> str | None:
+    """What would have to be repeated but masks, or why what reads the result could not go on."""
     queries, keys, values = one.queries.shape, one.keys.shape, one.values.shape
     if queries is None or keys is None or values is None:
-        return False
+        return "the sizes of queries, keys or values are not known"
     batches = graph.same_size(queries[0], keys[0]) and graph.same_size(keys[0], values[0])
     if not batches or not graph.same_size(keys[1], values[1]):
-        return False
+        return "queries, keys and values are not seen to have one batch, and a value for each key"
     whole = (queries[0], one.heads, queries[1], keys[1])
     for mask in one.masks:
         dims = [] if mask.shape is None else list(mask.shape.dims)
         if not all(_within(dim, size) for dim, size in zip(dims[::-1], whole[::-1], strict=False)):
-            return False
-    target = graph.constant(one.joined.inputs[1])
+            return f"the mask {mask.name!r} is not seen to have the batch, the heads and the positions of the scores"
+    # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another. What is
+    # computed from sizes is 0 where there is nothing at all.
+    target, told = graph.constant(one.joined.inputs[1]), sizes.elements(one.joined.inputs[1])
     if target is None:
-        # What is computed from sizes is 0 where there is nothing at all.
-        told = sizes.elements(one.joined.inputs[1])
-        return _joins(one) or (told is not None and None not in told and 0 not in told)
-    # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another.
-    copies = target == 0
-    return not copies[2:].any() and not (copies.any() and one.joined.attributes.get_int("allowzero", 0))
+        fine = _joins(one) or (told is not None and None not in told and 0 not in told)
+    else:
+        fine = 0 not in target[2:] and (0 not in target or one.joined.attributes.get_int("allowzero", 0) == 0)
+    return None if fine else "the heads are not seen to be joined behind it"
 
 
 def _within(dim: _Dim, size: _Dim) -> bool:
@@ -106,7 +115,7 @@ def _within(dim: _Dim, size: _Dim) -> bool:
 
 
 def _is_named(dim: ir.SymbolicDim) -> bool:
-    return dim.value is not None and not str(dim.value).startswith(_UNKNOWN)
+    return dim.value is not None and not str(dim.value).startswith(graph.UNKNOWN)
 
 
 def _joins(one: Attention) -> bool:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.heads import FRONT, TURNED, Heads, ended, factor, split
 
-__all__ = ["Attention", "find", "likely"]
+__all__ = ["Attention", "between", "find", "likely"]
 
 _BETWEEN = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sub", "Sum", "Where")
 _MASKS = 2
@@ -52,9 +52,12 @@ class Attention:
 
 def likely(main: ir.Graph) -> bool:
     """Whether some Softmax stands between two products, in whatever spelling; shapes need not be known."""
-    return any(
-        _reaches(node, upwards=True) and _reaches(node, upwards=False) for node in main if _is_softmax(node, None)
-    )
+    return any(map(between, main))
+
+
+def between(node: ir.Node) -> bool:
+    """Whether `node` is a Softmax between two products."""
+    return _is_softmax(node, None) and _reaches(node, upwards=True) and _reaches(node, upwards=False)
 
 
 def _reaches(softmax: ir.Node, upwards: bool) -> bool:

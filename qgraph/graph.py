@@ -43,6 +43,8 @@ ORIGINS = "qgraph.origins"
 """Key in `Node.meta`: (name, operator) of each node that was merged into this one."""
 RUN_SHAPE = "qgraph.shape"
 """Key in `Value.meta`: the value's shape in a real run, a tuple of int."""
+UNKNOWN = "unk__"
+"""How onnx's inference begins the names of dimensions that it does not know."""
 
 
 def label(node: ir.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from qgraph import shards, widened
 from qgraph.errors import ExternalDataError, ModelError, OptionError, QGraphError, first_line
 from qgraph.external import data_files
+from qgraph.quiet import quiet
 from qgraph.session import max_ir_version
 from qgraph.staged import Staged
 from qgraph.widened import Widened
@@ -271,7 +273,9 @@ def stage(
             progress(int(getattr(info, "index", 0)) + 1, int(getattr(info, "total", 0)))
 
     try:
-        with shards.quiet():
+        with quiet(
+            ir.external_data.__name__, logging.ERROR
+        ):  # Tensors larger than a file may be are told in the report.
             ir.save(
                 model,
                 path,

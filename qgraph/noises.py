@@ -122,7 +122,8 @@ class Noises:
         """
         known = self._now()
         gains: dict[str, float] = {}
-        roles = {node.name or "": role(node) for node in self.builder.prepared.graph}
+        nodes = {node for node, _ in known.local}
+        roles = {name: role(node) for node in self.builder.prepared.graph if (name := node.name or "") in nodes}
         local = {pair: n for pair, n in known.local.items() if among is None or among.get(pair[0]) == pair[1]}
         for (node, scheme), noise in _by_role(local, roles):
             if late() or len(gains) >= count:

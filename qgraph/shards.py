@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-from collections.abc import Collection, Generator
+from collections.abc import Collection
 from pathlib import Path
-
-import onnx_ir as ir
 
 from qgraph.errors import OptionError
 from qgraph.external import data_files
 from qgraph.words import size
 
-__all__ = ["WEB", "free_name", "left_behind", "limit", "notes", "parsed", "quiet"]
+__all__ = ["WEB", "free_name", "left_behind", "limit", "notes", "parsed"]
 
 WEB = 2_000_000_000
 """Bytes of a file that browsers load: Chrome's ArrayBuffer ends at 0x7fe00000, and GitHub takes 2 GB in LFS."""
@@ -58,18 +54,6 @@ def free_name(destination: Path, avoid: Collection[Path]) -> str:
         number += 1
         name = f"{destination.name}.{number}.data"
     return name
-
-
-@contextlib.contextmanager
-def quiet() -> Generator[None]:
-    """onnx_ir logs tensors that are larger than a file may be; here it is told in the report."""
-    logger = logging.getLogger(ir.external_data.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def notes(path: Path, most: int | None) -> list[str]:

@@ -58,7 +58,8 @@ def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
         if x is None or x.shape is None:
             return None
         rank = len(x.shape)
-        return list[Size]((x, i) for i in range(rank)[_slice(node, rank)])
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
+        return list[Size]((x, i) for i in range(rank)[start:end])
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) not in _WIDE:
         return None
     count = len(node.inputs) if node.op_type == "Concat" else 1
@@ -77,15 +78,11 @@ def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
     if node.op_type == "Gather":
         index = picked[0] or []
         return [found[i] for i in index] if all(-len(found) <= i < len(found) for i in index) else None
-    start, end, _, step = [*picked, *[None] * (4 - len(picked))][:4]
-    if not start or not end or (step is not None and step != [1]):
+    first, last, _, step = [*picked, *[None] * (4 - len(picked))][:4]
+    if not first or not last or (step is not None and step != [1]):
         return None
-    return found[start[0] : end[0]]
+    return found[first[0] : last[0]]
 
 
 def _is_vector(value: ir.Value | None) -> bool:
     return value is not None and value.shape is not None and len(value.shape) <= 1
-
-
-def _slice(node: ir.Node, rank: int) -> slice:
-    return slice(node.attributes.get_int("start", 0), node.attributes.get_int("end", rank))

@@ -93,6 +93,7 @@ FLOORS = [
         "roles",
         "heads",
         "sizes",
+        "quiet",
     },
     {
         "observers",

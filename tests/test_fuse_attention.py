@@ -210,6 +210,19 @@ def test_batches_that_are_repeated_are_left(model_kit, q, k, v):
     assert "Attention" not in model_kit.ops(fused(model))
 
 
+def test_what_stays_in_parts_has_a_reason(model_kit):
+    for model, word in (
+        (attention(model_kit, "s = MatMul (qt, kt)", batch=1, keys="T", mask=""), None),
+        (attention(model_kit, mask="2, 1, S, T"), "mask"),
+        (attention(model_kit, "p = MatMul (qt, kt)  m = Add (p, mask)  s = Mul (m, root)"), "form"),
+    ):
+        target = registry.target("x86-vnni")
+        Canonicalize(target.min_opset, True)(model)
+        work = FuseAttention(target)
+        assert work(model).modified == (word is None)
+        assert [word in reason for reason in work.refused.values()] == ([] if word is None else [True])
+
+
 def test_a_target_that_a_caller_may_override_is_left(model_kit):
     model = attention(model_kit)
     model.graph.inputs.append(model.graph.initializers["split"])

@@ -199,21 +199,34 @@ def test_the_numbers_stay(text, model_kit, name, seed):
     model_kit.same(model, after, model_kit.feeds(model, 1, seed=seed), tolerance=2e-5)
 
 
-def test_attention_as_one_operator(model_kit, text):
-    head = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n' + ROWS
-    body = """q = MatMul (x, Q) k = MatMul (x, K) v = MatMul (x, V)
-        o = com.microsoft.MultiHeadAttention <num_heads=2> (q, k, v, b) y = MatMul (o, W)"""
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "o = com.microsoft.MultiHeadAttention <num_heads=2> (q, k, v, b)",
+        "o = Attention <q_num_heads = 2, kv_num_heads = 2> (q, k, v)",
+        """qh = Reshape (q, S) qt = Transpose <perm = [0, 2, 1, 3]> (qh) kh = Reshape (k, S)
+        kt = Transpose <perm = [0, 2, 1, 3]> (kh) vh = Reshape (v, S) vt = Transpose <perm = [0, 2, 1, 3]> (vh)
+        h = Attention (qt, kt, vt) t = Transpose <perm = [0, 2, 1, 3]> (h) o = Reshape (t, J)""",
+    ],
+)
+def test_attention_as_one_operator(model_kit, text, attention):
+    head = '<ir_version: 10, opset_import: ["" : 23, "com.microsoft" : 1]>\n' + ROWS
+    body = f"q = MatMul (x, Q) k = MatMul (x, K) v = MatMul (x, V) {attention} y = MatMul (o, W)"
+    sizes = {"qh": (2, 5, 2, 4), "kh": (2, 5, 2, 4), "vh": (2, 5, 2, 4), "t": (2, 5, 2, 4), "y": (2, 5, 4)}
+    sizes.update(dict.fromkeys(("qt", "kt", "vt", "h"), (2, 2, 5, 4)))
     weights = {
         "Q": normal(8, 8),
         "K": normal(8, 8, seed=1),
         "V": normal(8, 8, seed=2),
         "b": normal(24),
         "W": normal(8, 4),
+        "S": np.array([0, 0, 2, 4]),
+        "J": np.array([0, 0, 8]),
     }
-    model = text(f"{head} {{ {body} }}", **weights)
+    model = text(f"{head} {{ {body} }}", **chosen(body, weights))
     for value in (node.outputs[0] for node in model.graph):
         # The operator has no shape inference here; a run would have measured it.
-        value.meta.setdefault(graph.RUN_SHAPE, (2, 5, 4) if value.name == "y" else (2, 5, 8))
+        value.meta.setdefault(graph.RUN_SHAPE, sizes.get(value.name, (2, 5, 8)))
         value.dtype = ir.DataType.FLOAT
     after, free = apply(model, 3)
     assert free == 8

@@ -96,7 +96,7 @@ class Cpu(Target):
             "SimplifiedLayerNormalization",
         }
     )
-    # 1.04 to 1.1 times as fast as its parts on one thread, 1.05 to 1.7 on two (tools/measure_glue.py --only attention).
+    # 1.01 to 1.16 times as fast as its parts on one thread, 1.05 to 1.7 on two (tools/measure_glue.py).
     attention: int | None = 23
     # Left to it, the runtime would run a 20 times slower AveragePool, a Softmax whose codes wrap round, and quantize
     # the weights of float layers by itself.

@@ -273,9 +273,8 @@ def stage(
             progress(int(getattr(info, "index", 0)) + 1, int(getattr(info, "total", 0)))
 
     try:
-        with quiet(
-            ir.external_data.__name__, logging.ERROR
-        ):  # Tensors larger than a file may be are told in the report.
+        # Tensors that are larger than a file may be are told in the report.
+        with quiet(ir.external_data.__name__, logging.ERROR):
             ir.save(
                 model,
                 path,

@@ -40,6 +40,7 @@ from qgraph.passes.nan_guard import NanGuard
 from qgraph.passes.narrow_weights import NarrowWeights
 from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_einsum import PlainEinsum
+from qgraph.passes.plain_reciprocal import PlainReciprocal
 from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.portable import Portable
 from qgraph.passes.quantize_cache import QuantizeCache
@@ -100,6 +101,7 @@ __all__ = [
     "NarrowWeights",
     "PackTernary",
     "PlainEinsum",
+    "PlainReciprocal",
     "PlainTranspose",
     "Portable",
     "QuantizeCache",

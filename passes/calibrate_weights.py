@@ -23,6 +23,9 @@ INPUT = "qgraph.input_qparams"
 """Key in `Node.meta`: QParams of the activation that meets the weight."""
 
 
+_CHOOSES = ("Max", "Min", "Where", "Concat", "Gather")
+
+
 class CalibrateWeights(ir.passes.InPlacePass):
     """Writes `Node.meta["qgraph.weight_qparams"]` on every planned node with a weight; reads each weight once.
 
@@ -40,7 +43,9 @@ class CalibrateWeights(ir.passes.InPlacePass):
             kernel: Kernel | None = node.meta.get(KERNEL)
             if kernel is not None and kernel.constants:
                 read = ((position, node.inputs[position], spec) for position, spec in kernel.constants.items())
-                node.meta[CONSTANTS] = {position: _solve(v, spec)[1] for position, v, spec in read if v is not None}
+                node.meta[CONSTANTS] = {
+                    position: _constant(node, v, spec) for position, v, spec in read if v is not None
+                }
             if kernel is None or kernel.weight is None:
                 continue
             position, spec = kernel.weight
@@ -59,6 +64,19 @@ class CalibrateWeights(ir.passes.InPlacePass):
             if spec.torch and plain is not node.meta[WEIGHT]:
                 self.refused[graph.label(node)] = "with the scale that PyTorch gives its weight, int32 would overflow"
         return ir.passes.PassResult(model, False)
+
+
+def _constant(node: ir.Node, value: ir.Value, spec: QuantSpec) -> QParams:
+    """Those of the output, where the node only chooses among its inputs; else those of the constant's own range.
+
+    Rounding and saturating do not change an order, so that choosing among codes of the output's scale gives the code of
+    what would have been chosen. A scale of its own can only do harm: that of Max(x, 0) is any number, and QNN's HTP
+    gives 0 where two scales of 16 bits lie further apart than 2**15.
+    """
+    result: QParams | None = node.outputs[0].meta.get(QPARAMS)
+    if node.op_type in _CHOOSES and result is not None and result.format == spec.format and result.axis is None:
+        return result
+    return _solve(value, spec)[1]
 
 
 def _outputs(node: ir.Node) -> int | None:

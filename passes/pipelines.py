@@ -110,6 +110,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         passes.MeanSums(),
         passes.Recognize(context.target),
         passes.RecognizeNorm(context.target),
+        passes.PlainReciprocal(context.target),
         passes.FuseRotary(context.target),
         passes.NanGuard(),
         passes.PlainTranspose(),

@@ -51,6 +51,11 @@ OPERATORS: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
        for op in ("Add", "Sub", "Mul", "Max", "Min")},
     **{f"{op} constant": (_IMAGE, "float[1,16,12,12] y", f"y = {op} (x, c)", {"c": (16, 1, 1)})
        for op in ("Add", "Sub", "Mul", "Div")},
+    "Max zero": (_IMAGE, "float[1,16,12,12] y", "y = Max (x, zero)", {}),
+    "Min bound": (_IMAGE, "float[1,16,12,12] y", "y = Min (x, bound)", {}),
+    "Where zero": (_ROWS + ", bool[1,32,64] m", "float[1,32,64] y", "y = Where (m, x, zero)", {}),
+    "Reciprocal": (_ROWS, "float[1,32,64] y", "a = Abs (x) s = Add (a, least) y = Reciprocal (s)", {}),
+    "Gather of a table": ("int64[1,32] x", "float[1,32,64] y", "y = Gather (table, x)", {"table": (100, 64)}),
     "Concat": (_IMAGE + ", float[1,16,12,12] z", "float[1,32,12,12] y", "y = Concat <axis=1> (x, z)", {}),
     **{op: (_ROWS, "float[1,32,64] y", f"y = {op} (x)", {})
        for op in ("Relu", "Sigmoid", "Tanh", "HardSwish", "HardSigmoid", "Elu", "Abs", "Neg", "LeakyRelu", "Gelu")},
@@ -60,6 +65,7 @@ OPERATORS: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
     "LogSoftmax": (_ROWS, "float[1,32,64] y", "y = LogSoftmax <axis=-1> (x)", {}),
     "LayerNormalization": (_ROWS, "float[1,32,64] y", "y = LayerNormalization (x, g, b)", {"g": (64,), "b": (64,)}),
     "Clip": (_ROWS, "float[1,32,64] y", "y = Clip (x, low, high)", {"low": (), "high": ()}),
+    "GlobalMaxPool": (_IMAGE, "float[1,16,1,1] y", "y = GlobalMaxPool (x)", {}),
     "MaxPool": (_IMAGE, "float[1,16,6,6] y", "y = MaxPool <kernel_shape=[2,2],strides=[2,2]> (x)", {}),
     "AveragePool": (_IMAGE, "float[1,16,6,6] y", "y = AveragePool <kernel_shape=[2,2],strides=[2,2]> (x)", {}),
     "GlobalAveragePool": (_IMAGE, "float[1,16,1,1] y", "y = GlobalAveragePool (x)", {}),
@@ -80,6 +86,9 @@ _FIXED = {
     "scales": np.array([1, 1, 2, 2], np.float32),
     "low": np.array(-0.5, np.float32),
     "high": np.array(1.5, np.float32),
+    "least": np.array([0.01], np.float32),
+    "zero": np.array(0.0, np.float32),
+    "bound": np.array(1e9, np.float32),
 }
 
 
@@ -102,14 +111,19 @@ def model_of(name: str) -> ir.Model:
 
 
 def _samples(model: ir.Model) -> list[dict[str, np.ndarray]]:
-    shapes = {str(v.name): tuple(int(d) for d in v.shape.numpy()) for v in model.graph.inputs if v.shape is not None}
     return [
-        {
-            key: np.random.default_rng((seed, i)).standard_normal(shape).astype(np.float32)
-            for i, (key, shape) in enumerate(shapes.items())
-        }
+        {str(value.name): _array(value, np.random.default_rng((seed, i))) for i, value in enumerate(model.graph.inputs)}
         for seed in range(8)
     ]
+
+
+def _array(value: ir.Value, random: np.random.Generator) -> np.ndarray:
+    shape = tuple(int(d) for d in value.shape.numpy()) if value.shape is not None else ()
+    if value.dtype == ir.DataType.BOOL:
+        return random.random(shape) < 0.5
+    if value.dtype == ir.DataType.INT64:
+        return random.integers(0, 100, shape)
+    return random.standard_normal(shape).astype(np.float32)
 
 
 @click.command()

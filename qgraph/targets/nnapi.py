@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.formats import INT8, UINT8
 from qgraph.spec import BIAS, Mixture, PerAxis, QuantSpec, Scheme
-from qgraph.targets import whole
+from qgraph.targets import tables, whole
 from qgraph.targets.base import Kernel, Limits, Refusal
 
 __all__ = ["Nnapi", "nnapi"]
@@ -37,19 +37,19 @@ def _matrix(node: ir.Node) -> str | None:
 
 def _fully_connected(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     why = _matrix(node) if not graph.has_constant(node.inputs[1]) else None
-    return Refusal(why) if why is not None else whole.product(two=False, channels=False)(node, scheme)
+    return Refusal(why) if why is not None else tables.product(two=False, channels=False)(node, scheme)
 
 
-_TABLE: Mapping[str, whole.Entry] = {
-    "Conv": whole.convolution(_image),
+_TABLE: Mapping[str, tables.Entry] = {
+    "Conv": tables.convolution(_image),
     "Gemm": _fully_connected,
     "MatMul": _fully_connected,
-    **dict.fromkeys(("Add", "Mul"), whole.every()),
-    "Concat": whole.every(joins=True),
-    **dict.fromkeys(("AveragePool", "Resize"), whole.unary(_image)),
-    "Softmax": whole.unary(),
-    "MaxPool": whole.moves(_image),
-    **dict.fromkeys(("Reshape", "Transpose"), whole.moves()),
+    **dict.fromkeys(("Add", "Mul"), tables.every()),
+    "Concat": tables.every(joins=True),
+    **dict.fromkeys(("AveragePool", "Resize"), tables.unary(_image)),
+    "Softmax": tables.unary(),
+    "MaxPool": tables.moves(_image),
+    **dict.fromkeys(("Reshape", "Transpose"), tables.moves()),
 }
 
 

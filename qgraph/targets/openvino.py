@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph.formats import INT8, UINT4, UINT8, Int
 from qgraph.spec import BIAS, Mixture, PerAxis, PerBlock, QuantSpec, Scheme
-from qgraph.targets import cpu_products, whole
+from qgraph.targets import cpu_products, tables, whole
 from qgraph.targets.base import WEIGHTS, Kernel, Output, Refusal
 from qgraph.targets.cpu_costs import SHIPPED
 
@@ -21,15 +21,15 @@ _INT8 = Scheme("int8", QuantSpec(UINT8), _WEIGHT, BIAS)
 _BLOCKS = Scheme("int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, _BLOCK), True, "minmax"))
 _INT4 = Scheme("int4", None, QuantSpec(UINT4, PerBlock(0, _BLOCK), observer="minmax"))
 
-_TABLE: Mapping[str, whole.Entry] = {
-    "Conv": whole.convolution(),
+_TABLE: Mapping[str, tables.Entry] = {
+    "Conv": tables.convolution(),
     # Its products write float as well as integers, and of what transformers have between them little bears 8 bits.
-    **dict.fromkeys(("Gemm", "MatMul"), whole.product(output=Output.FLOAT, two=False)),
-    **dict.fromkeys(("Add", "Mul"), whole.every()),
-    "Concat": whole.every(joins=True),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), whole.unary()),
+    **dict.fromkeys(("Gemm", "MatMul"), tables.product(output=Output.FLOAT, two=False)),
+    **dict.fromkeys(("Add", "Mul"), tables.every()),
+    "Concat": tables.every(joins=True),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), tables.unary()),
     **dict.fromkeys(
-        ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"), whole.moves()
+        ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"), tables.moves()
     ),
 }
 

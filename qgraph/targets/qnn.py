@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qgraph.float_formats import FP16
 from qgraph.formats import INT8, UINT8, UINT16
 from qgraph.spec import BIAS, Mixture, PerAxis, QuantSpec, Scheme
-from qgraph.targets import whole
+from qgraph.targets import tables, whole
 from qgraph.targets.base import Limits
 
 __all__ = ["Qnn", "qnn"]
@@ -31,30 +31,31 @@ def _image(node: ir.Node) -> str | None:
     return None if shape is None or len(shape) <= _IMAGE else "HTP convolves and pools in two dimensions"
 
 
-_TABLE: Mapping[str, whole.Entry] = {
-    "Conv": whole.convolution(_image),
-    "ConvTranspose": whole.convolution(_image, channels=False),
-    "Gemm": whole.product(),
-    "MatMul": whole.product(),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Where", "Max", "Min"), whole.every()),
-    "Concat": whole.every(joins=True),
+_TABLE: Mapping[str, tables.Entry] = {
+    "Conv": tables.convolution(_image),
+    "ConvTranspose": tables.convolution(_image, channels=False),
+    "Gemm": tables.product(),
+    "MatMul": tables.product(),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Where", "Max", "Min"), tables.every()),
+    "Concat": tables.every(joins=True),
     **dict.fromkeys(
         ("Relu", "Softmax", "Gelu", "HardSwish", "HardSigmoid", "Elu", "Sqrt", "Abs", "Neg", "Exp"),
-        whole.unary(),
+        tables.unary(),
     ),
     # With 16 bits HTP computes these with one scale only; with another it is 2 % off.
-    "Sigmoid": whole.unary(ranges={16: (0.0, 65535 / 65536)}),
-    "Tanh": whole.unary(ranges={16: (-1.0, 32767 / 32768)}),
-    **dict.fromkeys(("LeakyRelu", "ReduceMean", "ReduceSum", "ReduceMax", "Clip", "Pad", "LogSoftmax"), whole.unary()),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), whole.unary(_image)),
-    "MaxPool": whole.moves(_image),
-    "LayerNormalization": whole.scaled(),
+    "Sigmoid": tables.unary(ranges={16: (0.0, 65535 / 65536)}),
+    "Tanh": tables.unary(ranges={16: (-1.0, 32767 / 32768)}),
+    **dict.fromkeys(("LeakyRelu", "ReduceMean", "ReduceSum", "ReduceMax", "Clip", "Pad", "LogSoftmax"), tables.unary()),
+    **dict.fromkeys(("AveragePool", "GlobalAveragePool"), tables.unary(_image)),
+    **dict.fromkeys(("MaxPool", "GlobalMaxPool"), tables.moves(_image)),
+    "LayerNormalization": tables.scaled(),
     **dict.fromkeys(
-        ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Gather", "DepthToSpace",
-         "SpaceToDepth", "Tile", "Expand"),
-        whole.moves(),
+        ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "DepthToSpace", "SpaceToDepth",
+         "Tile", "Expand"),
+        tables.moves(),
     ),
-    "Resize": whole.unary(_image),
+    "Gather": tables.picks(),
+    "Resize": tables.unary(_image),
 }  # fmt: skip
 
 
@@ -70,6 +71,7 @@ class Qnn(whole.Whole):
     tolerance = 5e-2
     table = _TABLE
     exile = 1e-2
+    reciprocals = False
     mask = -100.0
     narrow = FP16
     ladder = ("int8", "a16w8", "fp32")

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.formats import Int
 from qgraph.spec import Mixture, PerAxis, QuantSpec, Scheme
-from qgraph.targets import whole
+from qgraph.targets import tables, whole
 from qgraph.targets.base import Kernel, Output, Refusal
 
 __all__ = ["TensorRt", "tensorrt"]
@@ -42,12 +42,12 @@ def _residual(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     return Kernel((node.op_type,), {other: scheme.activation}, output=Output.FLOAT)
 
 
-_TABLE: Mapping[str, whole.Entry] = {
-    "Conv": whole.convolution(output=Output.FLOAT),
-    "Gemm": whole.product(output=Output.FLOAT),
-    "MatMul": whole.product(output=Output.FLOAT),
+_TABLE: Mapping[str, tables.Entry] = {
+    "Conv": tables.convolution(output=Output.FLOAT),
+    "Gemm": tables.product(output=Output.FLOAT),
+    "MatMul": tables.product(output=Output.FLOAT),
     "Add": _residual,
-    **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool"), whole.unary(output=Output.FLOAT)),
+    **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool"), tables.unary(output=Output.FLOAT)),
 }
 
 

@@ -60,6 +60,9 @@ class CalibrateWeights(ir.passes.InPlacePass):
                 raise QuantizationError(f"The input of {graph.label(node)} has no parameters: calibrate first.")
             node.meta[INPUT] = activation.meta[QPARAMS]
             bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
+            if not spec.format.whole:  # What sums floats overflows nowhere near.
+                node.meta[WEIGHT] = _solve(weight, spec)[1]
+                continue
             plain, node.meta[WEIGHT] = _solve(weight, spec, node.meta[INPUT], graph.constant(bias), _outputs(node))
             if spec.torch and plain is not node.meta[WEIGHT]:
                 self.refused[graph.label(node)] = "with the scale that PyTorch gives its weight, int32 would overflow"

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+_FLOAT_QUANTIZERS = 19
+"""The first opset whose QuantizeLinear writes floats."""
+
+
 def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
     cache = [] if context.cache is None else [*_sizes(context), *_cache(context)]
@@ -102,7 +106,7 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
     fixed = [passes.FixShapes(context.target, context.data)] if context.target.limits.static_shapes else []
     return [
         *fixed,
-        passes.Canonicalize(context.target.min_opset, context.target.attention is not None),
+        passes.Canonicalize(_opset(context), context.target.attention is not None),
         passes.InferTypes(),
         *_widen(context),
         passes.FuseLayers(),
@@ -126,6 +130,12 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
         *_experts(context),
         passes.FindTernary(),
     ]
+
+
+def _opset(context: Context) -> int:
+    """What the target needs, and the quantizers of the scheme."""
+    activations = [part.activation.format for part in context.scheme.parts if part.activation is not None]
+    return max(context.target.min_opset, *(_FLOAT_QUANTIZERS for one in activations if not one.whole), 0)
 
 
 def _widen(context: Context) -> list[ir.passes.PassBase]:

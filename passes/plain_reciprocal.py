@@ -1,7 +1,7 @@
 """Reciprocal(x)  ->  Div(1, x), for providers that have the one right in integers and the other wrong.
 
-QNN's HTP gives numbers off by a factor where the reciprocal reaches beyond 10 (its provider divides a constant whose
-scale does not fit), and takes the operator whenever quantizers happen to stand around it.
+QNN's HTP gave a tenth of the reciprocal where that reached 100, in 8 and in 16 bits, and takes the operator whenever
+quantizers happen to stand around it.
 """
 
 from __future__ import annotations

@@ -95,6 +95,9 @@ class RoundWeights(ir.passes.InPlacePass):
                 continue
             if not _sums(node) or HELD in weight.meta:
                 continue
+            if not node.meta[WEIGHT].format.whole:
+                self.refused[graph.label(node)] = "roundings are learned among whole numbers, and its codes are floats"
+                continue
             key = (source, patches_of(node), node.attributes.get_int("group", 1) if node.op_type == "Conv" else 1)
             if reads.setdefault(weight, key) != key:
                 self.refused[graph.label(node)] = "its weight, shared with layers that read something else, stays one"

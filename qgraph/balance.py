@@ -181,8 +181,11 @@ def _round(array: Array, params: QParams) -> None:
     low = (params.format.lowest - params.zero_point).astype(np.float32)
     high = (params.format.highest - params.zero_point).astype(np.float32)
     array /= params.scale
-    np.rint(array, out=array)
-    np.clip(array, low, high, out=array)
+    if params.format.whole:
+        np.rint(array, out=array)
+        np.clip(array, low, high, out=array)
+    else:
+        array[...] = params.format.project(array)
     array *= params.scale
 
 

@@ -77,6 +77,10 @@ class Float(Format):
         return self.kind
 
     @property
+    def whole(self) -> bool:
+        return False
+
+    @property
     def highest(self) -> float:
         return _limits(self.kind)[1]
 
@@ -130,6 +134,10 @@ class Codebook(Format):
     @property
     def storage(self) -> ir.DataType:
         return ir.DataType.UINT4
+
+    @property
+    def whole(self) -> bool:
+        return False
 
     @property
     def lowest(self) -> float:

@@ -82,6 +82,11 @@ class Format(abc.ABC):
         return 0.0 if self.signed else float(np.ceil((self.lowest + self.highest) / 2))
 
     @property
+    def whole(self) -> bool:
+        """Whether codes are whole numbers, one apart."""
+        return True
+
+    @property
     def stored(self) -> Format:
         """The format of all codes that the storage type holds: QuantizeLinear saturates at its ends."""
         return self

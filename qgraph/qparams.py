@@ -152,13 +152,15 @@ def quantize(array: NDArray[np.floating], qparams: QParams) -> NDArray[np.generi
     """Codes of `array` in the format's storage type: saturate(round_half_even(x / scale) + zero_point).
 
     Computed in float32 as the ONNX operator does, so that folding at compile time equals quantizing at run time;
-    int32 (biases) in float64, since float32 cannot count so far.
+    int32 (biases) in float64, since float32 cannot count so far. Floats are rounded to the format's own numbers.
     """
     wide = np.float64 if qparams.format.steps > 2**24 else np.float32
     scale = _spread(qparams.scale, qparams, array.shape).astype(wide)
     zero = _spread(qparams.zero_point, qparams, array.shape).astype(wide)
     with np.errstate(over="ignore"):
-        codes = np.rint(np.divide(array, scale, dtype=wide))  # what overflows is infinite and saturates
+        codes = np.divide(array, scale, dtype=wide)  # what overflows is infinite and saturates
+    if qparams.format.whole:
+        codes = np.rint(codes)
     return qparams.format.encode(codes + zero)
 
 

@@ -44,6 +44,7 @@ HOST = "CPUExecutionProvider"
 """The provider that every runtime has."""
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 """Where the values of a provider lie, if not in the host's memory."""
+_INTEGER_FUSIONS = ("MatMulIntegerToFloat", "QGemm", "QLinear")
 _LEVELS = {
     "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -146,9 +147,7 @@ class Session:
                         "session.model_external_initializers_file_folder_path", str(folder.resolve())
                     )
                 source = ir.to_proto(narrowed(model)).SerializeToString()
-            self._session: Any = ort.InferenceSession(
-                source, native, providers=list(self._options.providers), enable_fallback=0
-            )
+            self._session: Any = _loaded(source, native, self._options)
         except ExecutionError:
             raise
         except Exception as error:
@@ -233,6 +232,18 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _loaded(source: str | bytes, native: Any, options: SessionOptions) -> Any:
+    """The runtime's session. Up to 1.31 it fuses quantizers of fp8 into operators that refuse fp8; then without."""
+    providers = list(options.providers)
+    try:
+        return ort.InferenceSession(source, native, providers=providers, enable_fallback=0)
+    except Exception as error:
+        if "tensor(float8" not in str(error) or not any(name in str(error) for name in _INTEGER_FUSIONS):
+            raise
+    native.add_session_config_entry("session.disable_quant_qdq", "1")
+    return ort.InferenceSession(source, native, providers=providers, enable_fallback=0)
 
 
 def _shapes(told: Any) -> tuple[tuple[int, ...], ...]:

@@ -112,10 +112,12 @@ class Annotate(ir.passes.InPlacePass):
     def _worth(self, kernel: Kernel) -> str:
         """Why a node with an integer kernel is better off in float."""
         gain = (kernel.float_seconds - kernel.integer_seconds) * 1e6
+        whole = all(spec.format.whole for spec in kernel.activations.values())
+        codes = "integers" if whole else kernel.scheme
         if gain < 0 < gain + kernel.price * 1e6:
-            return "in integers it would lose more accuracy than the time that it saves is worth"
+            return f"in {codes} it would lose more accuracy than the time that it saves is worth"
         if kernel.price > 0 and gain > 0:
-            return "in integers it would save less than its loss of accuracy and the way in and out are worth"
+            return f"in {codes} it would save less than its loss of accuracy and the way in and out are worth"
         if self.target.ordinal:
             return "an integer kernel exists, but gains less than the way in and out is taken to cost"
         gain += kernel.price * 1e6

@@ -267,7 +267,9 @@ class Builder:
         rules, layers = self.rules(), list[ir.Node]()
         for node in self.prepared.graph:
             kernel = rules.kernels(node)[0].get(assignment.get(node.name or "", ""))
-            if kernel is not None and kernel.form not in (Form.STORED, Form.HALF):
+            if kernel is None or kernel.form in (Form.STORED, Form.HALF):
+                continue
+            if kernel.weight is not None and kernel.weight[1].format.whole:
                 layers.append(node)
         return learning.seconds(layers, data.count(), self.context.budget)
 

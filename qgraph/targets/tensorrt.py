@@ -4,8 +4,8 @@ The rules are those of its documentation on explicit quantization: activations a
 symmetric and per channel, biases stay in float; quantizers stand on the inputs of layers with weights and of pools, and
 not on their outputs, so that what follows (Relu, BatchNormalization) fuses into the layer; of a residual sum the
 branch that comes from a layer stays in float. In fp8 (E4M3) it is the same, but that pools have no kernel. Which sizes
-gain nothing is what NVIDIA's Model Optimizer knows of them (find_nodes_from_convs_to_exclude and
-_exclude_matmuls_by_shape_inference of its modelopt.onnx.quantization.graph_utils). Never run: no TensorRT was to be had.
+gain nothing is what NVIDIA's Model Optimizer says of them (modelopt.onnx.quantization.graph_utils, its functions
+find_nodes_from_convs_to_exclude and _exclude_matmuls_by_shape_inference). Never run: no TensorRT was to be had.
 """
 
 from __future__ import annotations

@@ -195,12 +195,15 @@ class Annotate(ir.passes.InPlacePass):
                 if kernel.shares:
                     groups.join(inputs[0], value)
                     value.meta[FOLLOWS] = True
+        fixed = {groups.find(value) for value, _ in groups.roots() if SPEC in value.meta and value.meta[SPEC].range}
         for node in main:
             if node in chosen and kernels[node].joins:
                 inputs = [value for i in kernels[node].activations if (value := node.inputs[i]) is not None]
                 # A common range must not reach beyond the bounds of a Relu or Clip that a quantizer stands for.
-                fixed = any(value.meta[SPEC].range is not None for value in (*inputs, *results[node]))
-                if not fixed and len({groups.bounds(value) for value in inputs}) == 1:
+                free = not any(
+                    value.meta[SPEC].range or groups.find(value) in fixed for value in (*inputs, *results[node])
+                )
+                if free and len({groups.bounds(value) for value in inputs}) == 1:
                     for value in (*inputs[1:], *results[node]):
                         groups.join(inputs[0], value)
                     for value in results[node]:

@@ -10,7 +10,7 @@ from qgraph import graph
 from qgraph.errors import QuantizationError
 from qgraph.qparams import QParams, from_range, limit_accumulator
 from qgraph.spec import PerAxis, QuantSpec
-from qgraph.targets import KERNEL, QPARAMS, Form, Kernel
+from qgraph.targets import ABSORBED, KERNEL, QPARAMS, Form, Kernel
 
 __all__ = ["CONSTANTS", "INPUT", "WEIGHT", "CalibrateWeights"]
 
@@ -76,7 +76,11 @@ def _constant(node: ir.Node, value: ir.Value, spec: QuantSpec) -> QParams:
     what would have been chosen. A scale of its own can only do harm: that of Max(x, 0) is any number, and QNN's HTP
     gives 0 where two scales of 16 bits lie further apart than 2**15.
     """
-    result: QParams | None = node.outputs[0].meta.get(QPARAMS)
+    made = node.outputs[0]
+    users = made.consumers()
+    if len(users) == 1 and ABSORBED in users[0].meta:  # Its quantizer stands behind a Relu or Clip.
+        made = users[0].outputs[0]
+    result: QParams | None = made.meta.get(QPARAMS)
     if node.op_type in _CHOOSES and result is not None and result.format == spec.format and result.axis is None:
         return result
     return _solve(value, spec)[1]

@@ -31,6 +31,7 @@ __all__ = ["FitRanges"]
 
 _SHRINK = np.geomspace(1.0, 1 / 32, 16)
 _REFINE = (0.8, 0.9, 1.1, 1.25), (0.95, 1.05)
+_FEW_BITS = 8
 _WORTH = 0.9
 """A new range must lower the error to this share of the observer's: less may be chance of the sample."""
 _FAINT = 0.1
@@ -72,7 +73,8 @@ class _Reader:
 class FitRanges(ir.passes.InPlacePass):
     """Replaces `Value.meta["qgraph.qparams"]` of activations that only layers with a sample read in integers.
 
-    Left as they are: values that share their range with others, and values that another operator reads in integers.
+    Left as they are: values that share their range with others, values that another operator reads in integers, and
+    codes of 16 bits and of floats, which a narrower range would only clip.
 
     Args:
         convolutions: whether to fit the ranges that a Conv reads, too. Of images' outputs a patch's own error tells
@@ -90,7 +92,7 @@ class FitRanges(ir.passes.InPlacePass):
         values = [value for value in annotated(model.graph) if QPARAMS in value.meta]
         sharing = Counter(str(value.meta.get(GROUP, value.name)) for value in values)
         for value in values:
-            layers = [] if value.meta[SPEC].range is not None else _layers(value)
+            layers = _layers(value) if _gains(value.meta[SPEC]) else []
             if not self.convolutions and any(node.op_type == "Conv" for node in layers):
                 continue
             if layers and sharing[str(value.meta.get(GROUP, value.name))] == 1:
@@ -99,6 +101,11 @@ class FitRanges(ir.passes.InPlacePass):
                     self.store[key] = _fit(value, layers)
                 value.meta[QPARAMS] = self.store[key]
         return ir.passes.PassResult(model, False)
+
+
+def _gains(spec: QuantSpec) -> bool:
+    """Whether a narrower range has finer steps that matter: those of 16 bits do not, and those of floats stay."""
+    return spec.range is None and spec.format.whole and spec.format.storage.bitwidth <= _FEW_BITS
 
 
 def _layers(value: ir.Value) -> list[ir.Node]:

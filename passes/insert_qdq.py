@@ -219,7 +219,8 @@ class _Writer:
     def _weight(self, node: ir.Node, weight: ir.Value, params: QParams, codes: NDArray[Any] | None = None) -> ir.Value:
         """A DequantizeLinear for this reader; the QuantizeLinear is shared by all readers with the same parameters."""
         base = str(weight.name)
-        key = (weight, params.format, params.axis, params.scale.tobytes(), id(codes))
+        numbers = params.scale.tobytes(), params.zero_point.tobytes()
+        key = (weight, params.format, params.axis, *numbers, id(codes))
         if key not in self.weights:
             scale, zero = self.constants(base, params)
             made = self.node("QuantizeLinear", [weight, scale, zero], base, params.format.storage, weight, params.axis)

@@ -133,9 +133,11 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
 
 
 def _opset(context: Context) -> int:
-    """What the target needs, and the quantizers of the scheme."""
-    activations = [part.activation.format for part in context.scheme.parts if part.activation is not None]
-    return max(context.target.min_opset, *(_FLOAT_QUANTIZERS for one in activations if not one.whole), 0)
+    """What the target needs, and the quantizers of the schemes, those of single nodes among them."""
+    schemes = [context.scheme, *(context.target.schemes[name] for name in context.choices.values() if name != FLOAT)]
+    activations = [part.activation for scheme in schemes for part in scheme.parts if part.activation is not None]
+    floats = any(not one.format.whole for one in activations)
+    return max(context.target.min_opset, _FLOAT_QUANTIZERS if floats else 0)
 
 
 def _widen(context: Context) -> list[ir.passes.PassBase]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
+import mmap
 from pathlib import Path
 
 import onnx_ir as ir
 
 __all__ = ["data_files", "float_quantizers"]
 
+_QUANTIZER = "QuantizeLinear"
+_LARGE = 32 << 20
 _FP8 = frozenset(one for one in ir.DataType if one.name.startswith("FLOAT8"))
 
 
@@ -28,11 +32,16 @@ def float_quantizers(model: Path | ir.Model) -> bool:
     """Whether some QuantizeLinear writes floats of 8 bits, as its zero point says."""
     if isinstance(model, Path):
         return _seen(model).fp8
-    return any(
-        len(node.inputs) > 2 and node.inputs[2] is not None and node.inputs[2].dtype in _FP8
-        for node in model.graph.all_nodes()
-        if node.op_type == "QuantizeLinear"
-    )
+    graphs = (model.graph, *model.functions.values())
+    return any(_writes_fp8(node) for graph in graphs for node in graph.all_nodes() if node.op_type == _QUANTIZER)
+
+
+def _writes_fp8(node: ir.Node) -> bool:
+    """By its zero point, a constant in whatever form, or by its attribute."""
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor = ir.convenience.get_const_tensor(zero) if zero is not None else None
+    kind = zero.dtype if tensor is None and zero is not None else tensor.dtype if tensor is not None else None
+    return kind in _FP8 or node.attributes.get_int("output_dtype", 0) in _FP8
 
 
 def _seen(path: Path) -> _Glance:
@@ -41,8 +50,22 @@ def _seen(path: Path) -> _Glance:
 
 
 @functools.lru_cache(maxsize=16)
-def _parsed(path: Path, *_: int) -> _Glance:
+def _parsed(path: Path, _: int, size: int) -> _Glance:
+    if not _mentions(path, size, _QUANTIZER, "location"):
+        return _Glance((), False)
     model = ir.load(path)
     tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     files = {Path(tensor.path).resolve() for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
-    return _Glance(tuple(sorted(files)), float_quantizers(model))
+    found = _Glance(tuple(sorted(files)), float_quantizers(model))
+    del model, tensors
+    if size > _LARGE:
+        gc.collect()  # Graphs are in cycles, and the weights of this one would lie beside those of a session.
+    return found
+
+
+def _mentions(path: Path, size: int, *words: str) -> bool:
+    """Whether one of the words, an operator or the key of external data, is in the file at all."""
+    if size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(word.encode()) >= 0 for word in words)

@@ -241,7 +241,7 @@ class Session:
 def _wrongly_rewritten(model: Path | ir.Model) -> bool:
     """Whether the CPU provider's own rewriting of `model` would go wrong.
 
-    Beyond the level `basic` it drops a Relu before a quantizer of fp8, as if its codes ended at 0 (1.32.0; by
+    Beyond the level `basic` it drops a Relu before a quantizer of fp8, as if its codes ended at 0 (up to 1.32.0, by
     ReluQuantRewrite), and up to 1.31 it fuses such quantizers into operators that refuse them.
     """
     try:

@@ -13,6 +13,7 @@ from qgraph.qparams import fake_quantize, from_range
 from qgraph.spec import QuantSpec
 from qgraph.targets.qnn import qnn
 
+Q, DQ = "QuantizeLinear", "DequantizeLinear"
 NUMBERS = st.floats(-50, 50, width=32)
 
 
@@ -84,3 +85,67 @@ def test_a_table_with_what_is_no_number_stays(model_kit):
     gather = next(node for node in done.graph if node.op_type == "Gather")
     assert gather.inputs[0].producer() is None
     assert model_kit.sqnr(model, done, feeds) > 25
+
+
+@pytest.mark.parametrize("scheme", ["int8", "a16w8"])
+def test_one_constant_of_two_outputs(model_kit, scheme):
+    """Their scales are equal, and their zero points are not."""
+    model = model_kit.text(
+        """g (float[1, 64] u, float[1, 64] v) => (float[1, 64] y, float[1, 64] z) {
+            a = Neg (u)  b = Neg (a)  d = Neg (v)  e = Neg (d)  p = Max (b, c)  q = Min (e, c)  y = Neg (p)  z = Neg (q)
+        }""",
+        c=np.array([-5, 1] * 32, np.float32).reshape(1, 64),
+    )
+    rising, falling = (np.linspace(*ends, 64, dtype=np.float32).reshape(1, 64) for ends in ((0, 11), (2, -10)))
+    feeds = [{"u": rising, "v": falling}] * 4
+    assert model_kit.sqnr(model, written(model, feeds, scheme), feeds) > (40 if scheme == "int8" else 80)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "a16w8"])
+@pytest.mark.parametrize("other", ["a = Neg (d)", "h = Gather (U, j)  a = Flatten (h)"])
+def test_a_table_is_not_joined_by_way_of_a_mover(model_kit, scheme, other):
+    n = model_kit.normal
+    model = model_kit.text(
+        f"""g (int64[4, 2] i, int64[4, 2] j, float[4, 8] d) => (float[4, 4] y) {{
+            e = Gather (T, i)  f = Flatten (e)  {other}  c = Concat <axis = 1> (f, a)  y = MatMul (c, W)
+        }}""",
+        T=n(50, 4) / 20,
+        U=n(50, 4, seed=2),
+        W=n(16, 4),
+    )
+    feeds = []
+    for seed in range(8):
+        random = np.random.default_rng(seed)
+        rows = {"i": random.integers(0, 50, (4, 2)), "j": random.integers(0, 50, (4, 2))}
+        feeds.append({**rows, "d": n(4, 8, seed=seed) * 3})
+    assert model_kit.sqnr(model, written(model, feeds, scheme), feeds) > 30
+
+
+@pytest.mark.parametrize("bounds", ["Relu (m)", "Clip (m, low, high)"])
+def test_a_bound_before_another(model_kit, bounds):
+    model = model_kit.text(
+        f"g (float[4, 8] x) => (float[4, 4] y) {{ a = Neg (x)  m = Max (a, c)  r = {bounds}  y = MatMul (r, W) }}",
+        c=np.float32(-1e9),
+        low=np.float32(0),
+        high=np.float32(6),
+        W=model_kit.normal(8, 4),
+    )
+    feeds = [{"x": model_kit.normal(4, 8, seed=i)} for i in range(8)]
+    done = written(model, feeds, "a16w8")
+    node = next(one for one in done.graph if one.op_type == "Max")
+    quantizer = next(one for one in done.graph if one.op_type == "QuantizeLinear" and one.inputs[0] is node.outputs[0])
+    assert scales(node)[1] == float(quantizer.inputs[1].const_value.numpy()) < 1
+    assert model_kit.sqnr(model, done, feeds) > 40
+
+
+def test_a_relu_behind_a_table_has_codes_of_its_own(model_kit):
+    """The scale of a table is that of all its rows, and does not end at 0."""
+    model = model_kit.text(
+        "g (int64[1, 6] i) => (float[1, 6, 4] y) { e = Gather (T, i)  r = Relu (e)  y = MatMul (r, W) }",
+        T=model_kit.normal(50, 8),
+        W=model_kit.normal(8, 4),
+    )
+    feeds = [{"i": np.random.default_rng(i).integers(0, 50, (1, 6))} for i in range(8)]
+    done = written(model, feeds, "int8")
+    assert model_kit.ops(done)[:3] == [DQ, "Gather", Q]
+    assert model_kit.sqnr(model, done, feeds) > 30

@@ -28,6 +28,7 @@ def test_in_a_body(model_kit):
     )
     after = model.clone()
     assert PlainReciprocal(qnn())(after).modified
+    assert [node.op_type for node in after.graph.all_nodes()] == ["If", "Div", "Neg"]
     model_kit.same(model, after, [{"x": model_kit.normal(4) + 8.0, "c": np.array(c)} for c in (True, False)])
 
 

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qgraph
 from qgraph import registry
 from qgraph.data import inputs_of, load
 from qgraph.errors import QGraphError
+from qgraph.external import float_quantizers
 from qgraph.float_formats import E4M3
 from qgraph.pipeline import Context
 from qgraph.qparams import dequantize, fake_quantize, from_range, quantize
@@ -142,3 +144,47 @@ def test_fp8_elsewhere_is_storage_or_refused():
     assert stored.activation is None
     with pytest.raises(QGraphError, match="scheme for target 'qnn': 'fp8'"):
         registry.target("qnn").scheme("fp8")
+
+
+def test_single_nodes_in_fp8(model_kit):
+    text = "g (float[32, 64] x) => (float[32, 48] y) { y = MatMul (x, W) }"
+    model = model_kit.text(text, opset=17, W=model_kit.normal(64, 48))
+    feeds = model_kit.feeds(model)
+    found = qgraph.optimize(
+        model, None, data=feeds, target="tensorrt", scheme="int8", choices={"MatMul": "fp8"}, check="none"
+    )
+    assert found.model.graph.opset_imports[""] == 19
+    assert model_kit.ops(found.model).count("QuantizeLinear") == 1
+    assert 24 < model_kit.sqnr(model, found.model, feeds) < 45
+
+
+def test_one_row_for_now_is_no_reason(model_kit):
+    """What calibration ran with is not what the model will see."""
+    model = model_kit.text("g (float[N, 64] x) => (float[N, 48] y) { y = MatMul (x, W) }", W=model_kit.normal(64, 48))
+    feeds = [{"x": model_kit.normal(1, 64, seed=i)} for i in range(8)]
+    assert "QuantizeLinear" in model_kit.ops(written(model, feeds, "int8"))
+
+
+ZERO = "<float8e4m3fn z = {0}> { r = Relu (x)  q = QuantizeLinear (r, s, z)  y = DequantizeLinear (q, s, z) }"
+NODE = "{ z = Constant <value = float8e4m3fn {0}> ()" + ZERO.split("{", 2)[2]
+SAID = "{ r = Relu (x)  q = QuantizeLinear <output_dtype = 17> (r, s)  y = DequantizeLinear (q, s) }"
+
+
+@pytest.mark.parametrize("body", [ZERO, NODE, SAID], ids=["initializer", "Constant", "attribute"])
+def test_fp8_is_found_however_it_is_written(body, tmp_path):
+    model = ir.from_onnx_text(
+        f'<ir_version: 10, opset_import: ["": 21]> g (float[4] x, float s) => (float[4] y) {body}'
+    )
+    path = tmp_path / "m.onnx"
+    ir.save(model, path)
+    feeds = {"x": np.array([-3, -1, 0.5, 2], np.float32), "s": np.array(0.1, np.float32)}
+    assert float_quantizers(path) and float_quantizers(model)
+    for source in (path, model):
+        with Session(source) as session:
+            assert session.run(feeds)["y"].min() == 0
+
+
+def test_other_models_are_not_held_back(model_kit, tmp_path):
+    model = model_kit.text("g (float[4] x) => (float[4] y) { y = Relu (x) }")
+    ir.save(model, tmp_path / "m.onnx")
+    assert not float_quantizers(tmp_path / "m.onnx") and not float_quantizers(model)

@@ -21,11 +21,29 @@ _INT8 = Scheme("int8", QuantSpec(UINT8), _WEIGHT, BIAS)
 _BLOCKS = Scheme("int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0, _BLOCK), True, "minmax"))
 _INT4 = Scheme("int4", None, QuantSpec(UINT4, PerBlock(0, _BLOCK), observer="minmax"))
 
+_NEAR = 4
+_FAR = ("MatMul", "Gemm", "Softmax", "LayerNormalization")
+
+
+def _tokens(node: ir.Node) -> str | None:
+    """Sums and products behind convolutions are in integers; scores, masks and a stream of tokens do not bear it."""
+    seen, edge = {node}, [node]
+    for _ in range(_NEAR):
+        makers = {
+            m for one in edge for value in one.inputs if value is not None and (m := value.producer()) is not None
+        }
+        edge = [maker for maker in makers - seen if maker.op_type not in _FAR]
+        if any(maker.op_type == "Conv" for maker in edge):
+            return None
+        seen.update(edge)
+    return "there is no convolution near: sums and products of tokens lose much in 8 bits, and gain little here"
+
+
 _TABLE: Mapping[str, tables.Entry] = {
     "Conv": tables.convolution(),
     # Its products write float as well as integers, and of what transformers have between them little bears 8 bits.
     **dict.fromkeys(("Gemm", "MatMul"), tables.product(output=Output.FLOAT, two=False)),
-    **dict.fromkeys(("Add", "Mul"), tables.every()),
+    **dict.fromkeys(("Add", "Mul"), tables.every(_tokens)),
     "Concat": tables.every(joins=True),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), tables.unary()),
     **dict.fromkeys(

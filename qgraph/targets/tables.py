@@ -6,6 +6,7 @@ Each function makes an entry: (node, scheme) -> its kernel, or the reason why it
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -224,16 +225,23 @@ def picks(condition: Condition | None = None) -> Entry:
         low, high = _reach(table)
         if not math.isfinite(low) or not math.isfinite(high):
             return Refusal(f"its table {table.name!r} is not finite, which no codes are")
-        codes = replace(_codes(scheme), observer="minmax", range=(low, high))
+        codes = replace(_codes(scheme), range=(low, high))
         return Kernel((node.op_type,), {}, constants={0: codes}, output=Output.QUANTIZED, result=codes)
 
     return entry
 
 
+_REACHES: weakref.WeakKeyDictionary[ir.TensorProtocol, tuple[float, float]] = weakref.WeakKeyDictionary()
+"""Of tables that were read before: kernels are asked for again and again."""
+
+
 def _reach(table: ir.Value) -> tuple[float, float]:
-    array = graph.constant(table)
-    assert array is not None
-    found = float(np.min(array, initial=0.0)), float(np.max(array, initial=0.0))
-    del array
-    graph.release(table)
-    return found
+    tensor = table.const_value
+    assert tensor is not None
+    if tensor not in _REACHES:
+        array = graph.constant(table)
+        assert array is not None
+        _REACHES[tensor] = float(np.min(array, initial=0.0)), float(np.max(array, initial=0.0))
+        del array
+        graph.release(table)
+    return _REACHES[tensor]

@@ -91,15 +91,28 @@ def _slow_in_floats(shape: tuple[int, ...]) -> str | None:
 
 
 def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-    made, right = graph.run_shape(node.outputs[0]), graph.run_shape(node.inputs[1])
-    if made is not None and right is not None and len(made) >= _MATRIX and len(right) >= _MATRIX:
-        inner = right[-1] if node.attributes.get_int("transB", 0) else right[-2]
-        ends = made[-2:] if not graph.has_constant(node.inputs[1]) or len(made) == _MATRIX else made[-1:]
-        if 1 in ends:
+    made, right = _ends(node.outputs[0]), _ends(node.inputs[1])
+    if made is not None and right is not None:
+        inner = right[1] if node.attributes.get_int("transB", 0) else right[0]
+        rank = len(node.outputs[0].shape or ())
+        rows = made[0] if rank == _MATRIX or not graph.has_constant(node.inputs[1]) else None
+        if rows is None and rank == _MATRIX and node.outputs[0].is_graph_output():
+            rows = (graph.run_shape(node.outputs[0]) or (None,))[
+                0
+            ]  # A head: little to win, and the output's precision.
+        if rows == 1 or made[1] == 1:
             return Refusal("one row or column: TensorRT's tensor cores are no help, and quantizers cost")
-        if made[-1] < _TILE or inner < _TILE:
-            return Refusal(f"a product of {inner} by {made[-1]} is too small for TensorRT's tensor cores")
+        if min(made[1] or _TILE, inner or _TILE) < _TILE:
+            return Refusal(f"a product of {inner} by {made[1]} is too small for TensorRT's tensor cores")
     return tables.product(output=Output.FLOAT)(node, scheme)
+
+
+def _ends(value: ir.Value | None) -> tuple[int | None, int | None] | None:
+    """The last two sizes; None for one that is open: what calibration ran with need not be what comes."""
+    if value is None or value.shape is None or len(value.shape) < _MATRIX:
+        return None
+    rows, columns = (dim if isinstance(dim, int) else None for dim in list(value.shape)[-_MATRIX:])
+    return rows, columns
 
 
 _TABLE: Mapping[str, tables.Entry] = {

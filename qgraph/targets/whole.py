@@ -70,7 +70,9 @@ class Whole(Target):
         low, high = graph.clip_bounds(node)
         before = self.table[maker.op_type](maker, scheme)
         bounded = low is not None and high is not None and low <= 0.0 <= high
-        return bounded and isinstance(before, Kernel) and not before.shares and not before.joins
+        if not bounded or not isinstance(before, Kernel) or before.shares or before.joins:
+            return False
+        return before.result is None or before.result.range is None
 
     def _seconds(self, node: ir.Node, size: int) -> float:
         values = [value for value in (*node.inputs, *node.outputs) if value is not None]

@@ -32,7 +32,7 @@ def float_quantizers(model: Path | ir.Model) -> bool:
     """Whether some QuantizeLinear writes floats of 8 bits, as its zero point says."""
     if isinstance(model, Path):
         return _seen(model).fp8
-    graphs = (model.graph, *model.functions.values())
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     return any(_writes_fp8(node) for graph in graphs for node in graph.all_nodes() if node.op_type == _QUANTIZER)
 
 

@@ -8,6 +8,7 @@ the target, run there and on the CPU provider, and the two are compared in steps
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from qgraph import proof, registry
 from qgraph.errors import QGraphError
 from qgraph.session import HOST, Session, SessionOptions
 
+_WIDTH = 200
+"""Characters of a line where no terminal says how many."""
 # Name -> (inputs, outputs, nodes, shapes of the constants), in the text form of ONNX.
 _IMAGE, _ROWS = "float[1,16,12,12] x", "float[1,32,64] x"
 OPERATORS: dict[str, tuple[str, str, str, dict[str, tuple[int, ...]]]] = {
@@ -133,7 +136,7 @@ def _array(value: ir.Value, random: np.random.Generator) -> np.ndarray:
 def main(target: str, scheme: str, only: str | None) -> None:
     """Prove TARGET's operators one by one."""
     where = registry.target(target)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     table = Table("operator", "plan", "nodes there", "left", "largest error, steps", "RMS error", "SQNR there")
     for name in OPERATORS:
         if only is not None and only not in name:

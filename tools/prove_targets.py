@@ -9,6 +9,7 @@ operators that another provider ran.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from qgraph import proof, registry
 from qgraph.errors import QGraphError
 from qgraph.words import decibels, percent, size
 
+_WIDTH = 200
+"""Characters of a line where no terminal says how many."""
 _HEADS = (
     "target", "scheme", "quantized", "audit", "nodes there", "work there", "error", "SQNR", "cosine", "runs", "size",
     "left", "s",
@@ -50,7 +53,7 @@ def main(
     """Prove MODEL on each target."""
     if reports is not None:
         reports.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     table = Table(*_HEADS)
     for name in names.split(",") if names else registry.targets():
         target = registry.target(name)

@@ -28,10 +28,6 @@ __all__ = [
 ]
 
 
-_FLOAT_QUANTIZERS = 19
-"""The first opset whose QuantizeLinear writes floats."""
-
-
 def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
     cache = [] if context.cache is None else [*_sizes(context), *_cache(context)]
@@ -133,11 +129,11 @@ def _rewrite(context: Context) -> list[ir.passes.PassBase]:
 
 
 def _opset(context: Context) -> int:
-    """What the target needs, and the quantizers of the schemes, those of single nodes among them."""
+    """What the target needs; 19 at least, where quantizers write floats, in the schemes of single nodes, too."""
     schemes = [context.scheme, *(context.target.schemes[name] for name in context.choices.values() if name != FLOAT)]
     activations = [part.activation for scheme in schemes for part in scheme.parts if part.activation is not None]
     floats = any(not one.format.whole for one in activations)
-    return max(context.target.min_opset, _FLOAT_QUANTIZERS if floats else 0)
+    return max(context.target.min_opset, 19 if floats else 0)
 
 
 def _widen(context: Context) -> list[ir.passes.PassBase]:

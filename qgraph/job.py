@@ -105,11 +105,11 @@ class Job:
             if here != self.target.name:
                 self.report.notes.append(f"Times are this machine's, which is {here}, not those of {self.target.name}.")
         self.progress("comparing", 0, 0)
-        judge = self._judge(held, "search", parts.apart)
+        judge = self._judge(held, "search", parts.apart, calibrate if parts.apart else None)
         final = self._judge(tested, "final", parts.fresh) if tested is not None else judge
         if self.report.budget is not None:
-            told = f" (losses on {judge.samples} samples count up to {judge.margin():.2f}-fold)"
-            self.report.budget = dataclasses.replace(self.report.budget, text=self.report.budget.text + told)
+            text = f"{self.report.budget.text} ({judge.told})"
+            self.report.budget = dataclasses.replace(self.report.budget, text=text)
         builder = self.builder(calibrate)
         built, verdict = self._chosen(builder, judge, final)
         self.progress("proving", 0, 0)
@@ -168,9 +168,9 @@ class Job:
         self._hint = "" if source is not None else " Losses are of random inputs: typical ones (--data) bring more."
         return parts
 
-    def _judge(self, held: Dataset, name: str, apart: bool) -> Judge:
+    def _judge(self, held: Dataset, name: str, apart: bool, seen: Dataset | None = None) -> Judge:
         folder = self.workspace.folder / f"judge-{name}"
-        return Judge(self.original, held, self.limits, self.target.options(), folder, held_back=apart)
+        return Judge(self.original, held, self.limits, self.target.options(), folder, apart, seen)
 
     def builder(self, calibrate: Dataset | None) -> Builder:
         """What makes candidates."""

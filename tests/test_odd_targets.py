@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from qgraph.passes.canonicalize import Canonicalize
 
 import qgraph
 from qgraph import proof, registry, runners
@@ -10,6 +11,8 @@ from qgraph.errors import OptionError, UnprovedError
 from qgraph.observers import create
 from qgraph.pipeline import Context
 from qgraph.runners import Ran
+from qgraph.targets import Kernel
+from qgraph.targets.openvino import openvino
 from qgraph.targets.qnn import qnn
 
 
@@ -195,3 +198,28 @@ def test_ranges_like_pytorchs_where_another_scheme_has_sixteen_bits():
     assert made.schemes["int8"].activation.torch and not made.schemes["a16w8"].activation.torch
     with pytest.raises(OptionError):
         with_qconfig(registry.target("webgpu"), "qnnpack")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "taken"),
+    [
+        ("a = Conv (x, W)  y = Add (a, x)", True),
+        ("a = Conv (x, W)  b = HardSigmoid (a)  y = Mul (x, b)", True),
+        ("a = Conv (x, W)  b = Relu (a)  c = MaxPool <kernel_shape = [1, 1]> (b)  y = Add (c, x)", True),
+        ("a = Conv (x, W)  b = Reshape (a, shape)  c = Identity (b)  y = Add (c, b)", False),
+        ("t = Transpose <perm = [0, 1, 3, 2]> (x)  a = MatMul (x, t)  y = Add (a, mask)", False),
+        ("y = Mul (x, x)", False),
+    ],
+)
+def test_openvino_sums_up_images_in_integers(model_kit, nodes, taken):
+    """Scores, masks and tokens in 8 bits are what made BERT-base lose 19 dB."""
+    model = model_kit.text(
+        f"g (float[1, 4, 6, 6] x) => (float[1, 4, 6, 6] y) {{ {nodes} }}",
+        W=model_kit.normal(4, 4, 1, 1),
+        mask=np.float32(-3.4e38),
+        shape=np.array([1, 4, 6, 6]),
+    )
+    target = openvino()
+    Canonicalize(target.min_opset)(model)
+    found = target.kernel(model.graph[-1], target.scheme("int8"))
+    assert isinstance(found, Kernel) if taken else "no convolution near" in found.reason

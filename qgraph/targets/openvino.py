@@ -22,7 +22,7 @@ _BLOCKS = Scheme("int8-weights", None, QuantSpec(Int(8, narrow=True), PerBlock(0
 _INT4 = Scheme("int4", None, QuantSpec(UINT4, PerBlock(0, _BLOCK), observer="minmax"))
 
 _NEAR = 4
-_FAR = ("MatMul", "Gemm", "Softmax", "LayerNormalization")
+_FAR = ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Reshape", "Flatten")
 
 
 def _tokens(node: ir.Node) -> str | None:

@@ -44,7 +44,7 @@ def test_optimize_with_every_option(run, work):
     assert any(note.startswith("12 of the 12 runs of the evaluation data") for note in plain["notes"])
     text, margin = plain["budget"]["text"].split(" (", 1)
     assert text == "loss of agreement at most 90%, SQNR at least 5 dB, cosine at least 0.5, agreement at least 0.1"
-    assert margin.startswith("losses on ") and margin.endswith("-fold)")
+    assert margin.startswith("losses on ") and "-fold" in margin
     assert {one["name"]: one["nodes"] for one in plain["candidates"]} == {"fp32": {}, "fastest": {"int8": 1}}
     assert (work / "state.json").is_file() and (work / "c.toml").is_file()
     assert (work / "ranges.npz").is_file()

@@ -97,6 +97,37 @@ def test_products(target, scheme, least, model_kit, tmp_path):
     assert {node.op_type for node in found.quantized} & {"MatMul", "Gemm", "MatMulNBits", "FusedMatMul"}
 
 
+@pytest.mark.parametrize(
+    ("nodes", "scheme", "most"),
+    [
+        # In scales of their own, a constant 0 beside small numbers gave 0 there, and a reciprocal of 100 gave 10.
+        ("a = Abs (x)  b = Mul (a, small)  m = Max (b, zero)  y = Sqrt (m)", "a16w8", 1e-3),
+        ("a = Abs (x)  b = Add (a, small)  y = Reciprocal (b)", "a16w8", 2e-2),
+        ("a = Abs (x)  b = Mul (a, small)  m = Min (b, large)  y = Neg (m)", "a16w8", 1e-3),
+        ("e = Gather (table, i)  n = Neg (e)  y = Add (n, x)", "a16w8", 1e-3),
+        ("e = Gather (table, i)  n = Neg (e)  y = Add (n, x)", "int8", 2e-2),
+    ],
+)
+def test_numbers_that_were_wrong_there(nodes, scheme, most, model_kit, tmp_path):
+    here("qnn")
+    model = model_kit.text(
+        f"g (float[8, 16] x, int64[8] i) => (float[8, 16] y) {{ {nodes} }}",
+        zero=np.float32(0),
+        small=np.float32(0.01),
+        large=np.float32(1e6),
+        table=model_kit.normal(50, 16),
+    )
+    data = [
+        {"x": model_kit.normal(8, 16, seed=seed), "i": np.random.default_rng(seed).integers(0, 50, 8)}
+        for seed in range(8)
+    ]
+    found = qgraph.optimize(
+        model, tmp_path / "out.onnx", data=data, target="qnn", scheme=scheme, force=True, bench_seconds=0
+    ).report
+    assert found.placement is not None and found.placement.right and found.placement.share == 1.0
+    assert found.placement.error < most and found.placement.sqnr > 10
+
+
 def test_a_batch_is_as_large_there_as_here(tmp_path):
     # With a free batch this provider gives one row, whatever the batch is.
     here("xnnpack")

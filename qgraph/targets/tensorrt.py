@@ -55,7 +55,7 @@ def _residual(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
 
 def _pool(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     if not scheme.weight.format.whole:
-        return Refusal("of pools there is no word in fp8")
+        return Refusal("TensorRT is not known to have pools in fp8")
     return tables.unary(output=Output.FLOAT)(node, scheme)
 
 

@@ -163,9 +163,10 @@ class Comparison:
             output.unlink(missing_ok=True)
             cost.unlink(missing_ok=True)
             python = self.pythons.get(method.partition("-")[0], Path(sys.executable))
-            files = [str(path) for path in (self.model, self._runs, output, cost)]
+            files = [str(path.absolute()) for path in (self.model, self._runs, output, cost)]
             command = [str(python), "-W", "ignore", str(_WORKER), method, *files]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            # Some leave files of their own where they are run.
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=self.folder)
             if done.returncode or not output.exists() or not cost.exists():
                 lines = done.stderr.strip().splitlines() or [f"no result, exit code {done.returncode}"]
                 return Row(method, failure=_short(lines[-1]))

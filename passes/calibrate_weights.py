@@ -21,8 +21,6 @@ WEIGHT = "qgraph.weight_qparams"
 """Key in `Node.meta`: QParams of the node's weight."""
 INPUT = "qgraph.input_qparams"
 """Key in `Node.meta`: QParams of the activation that meets the weight."""
-
-
 _CHOOSES = ("Max", "Min", "Where", "Concat", "Gather")
 
 
@@ -59,10 +57,10 @@ class CalibrateWeights(ir.passes.InPlacePass):
             if activation is None or weight is None or QPARAMS not in activation.meta:
                 raise QuantizationError(f"The input of {graph.label(node)} has no parameters: calibrate first.")
             node.meta[INPUT] = activation.meta[QPARAMS]
-            bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
             if not spec.format.whole:  # What sums floats overflows nowhere near.
                 node.meta[WEIGHT] = _solve(weight, spec)[1]
                 continue
+            bias = node.inputs[kernel.bias] if kernel.bias is not None and len(node.inputs) > kernel.bias else None
             plain, node.meta[WEIGHT] = _solve(weight, spec, node.meta[INPUT], graph.constant(bias), _outputs(node))
             if spec.torch and plain is not node.meta[WEIGHT]:
                 self.refused[graph.label(node)] = "with the scale that PyTorch gives its weight, int32 would overflow"

@@ -39,9 +39,9 @@ def float_quantizers(model: Path | ir.Model) -> bool:
 def _writes_fp8(node: ir.Node) -> bool:
     """By its zero point, a constant in whatever form, or by its attribute."""
     zero = node.inputs[2] if len(node.inputs) > 2 else None
-    tensor = ir.convenience.get_const_tensor(zero) if zero is not None else None
-    kind = zero.dtype if tensor is None and zero is not None else tensor.dtype if tensor is not None else None
-    return kind in _FP8 or node.attributes.get_int("output_dtype", 0) in _FP8
+    constant = ir.convenience.get_const_tensor(zero) if zero is not None else None
+    kinds = node.attributes.get_int("output_dtype", 0), zero and zero.dtype, constant and constant.dtype
+    return any(kind in _FP8 for kind in kinds)
 
 
 def _seen(path: Path) -> _Glance:

@@ -14,6 +14,7 @@ from qgraph.spec import QuantSpec
 from qgraph.targets.qnn import qnn
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
+PICKED = "g (int64[1, 6] i) => (float[1, 6, 4] y) { e = Gather (T, i)  y = MatMul (e, W) }"
 NUMBERS = st.floats(-50, 50, width=32)
 
 
@@ -30,6 +31,11 @@ def written(model, feeds, scheme):
     target = qnn()
     context = Context(target, target.scheme(scheme), load(feeds, inputs_of(model)))
     return registry.pipeline("quantize")(context)(model.clone()).model
+
+
+def rows(first, end):
+    """Feeds of places in a table."""
+    return [{"i": np.random.default_rng(seed).integers(first, end, (1, 6))} for seed in range(8)]
 
 
 def scales(node):
@@ -57,12 +63,8 @@ def test_a_bound_far_from_the_numbers(model_kit, op, constant, scheme):
 def test_a_table_covers_rows_that_were_not_seen(model_kit):
     table = model_kit.normal(50, 8)
     table[40:] *= 20
-    model = model_kit.text(
-        "g (int64[1, 6] i) => (float[1, 6, 4] y) { e = Gather (T, i)  y = MatMul (e, W) }",
-        T=table,
-        W=model_kit.normal(8, 4),
-    )
-    feeds = [{"i": np.random.default_rng(i).integers(0, 40, (1, 6))} for i in range(8)]
+    model = model_kit.text(PICKED, T=table, W=model_kit.normal(8, 4))
+    feeds = rows(0, 40)
     done = written(model, feeds, "a16w8")
     assert not [
         v for v in done.graph.initializers.values() if v.const_value.size == table.size and v.dtype.is_floating_point()
@@ -75,12 +77,8 @@ def test_a_table_covers_rows_that_were_not_seen(model_kit):
 def test_a_table_with_what_is_no_number_stays(model_kit):
     table = model_kit.normal(50, 8)
     table[3, 3] = np.inf
-    model = model_kit.text(
-        "g (int64[1, 6] i) => (float[1, 6, 4] y) { e = Gather (T, i)  y = MatMul (e, W) }",
-        T=table,
-        W=model_kit.normal(8, 4),
-    )
-    feeds = [{"i": np.random.default_rng(i).integers(10, 40, (1, 6))} for i in range(8)]
+    model = model_kit.text(PICKED, T=table, W=model_kit.normal(8, 4))
+    feeds = rows(10, 40)
     done = written(model, feeds, "int8")
     gather = next(node for node in done.graph if node.op_type == "Gather")
     assert gather.inputs[0].producer() is None
@@ -145,7 +143,7 @@ def test_a_relu_behind_a_table_has_codes_of_its_own(model_kit):
         T=model_kit.normal(50, 8),
         W=model_kit.normal(8, 4),
     )
-    feeds = [{"i": np.random.default_rng(i).integers(0, 50, (1, 6))} for i in range(8)]
+    feeds = rows(0, 50)
     done = written(model, feeds, "int8")
     assert model_kit.ops(done)[:3] == [DQ, "Gather", Q]
     assert model_kit.sqnr(model, done, feeds) > 30

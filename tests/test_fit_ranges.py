@@ -12,13 +12,15 @@ from qgraph.data import inputs_of, load
 from qgraph.pipeline import Context
 from qgraph.qparams import fake_quantize
 from qgraph.targets import QPARAMS
+from qgraph.targets.qnn import qnn
+from qgraph.targets.tensorrt import tensorrt
 
 
-def fitted(kit, model, feeds, observer=None, convolutions=True):
+def fitted(kit, model, feeds, observer=None, convolutions=True, target=None, scheme="int8"):
     """{value: (QParams before, after)} of the planned model; the model."""
-    target = kit.free()
+    target = target or kit.free()
     data = load(feeds, inputs_of(model))
-    pipelines.plan(Context(target, target.scheme("int8"), data))(model)
+    pipelines.plan(Context(target, target.scheme(scheme), data))(model)
     for one in (Survey(data), passes.InsertObservers(observer), passes.Calibrate(data)):
         one(model)
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
@@ -167,3 +169,15 @@ def test_convolutions_are_left_alone_by_default(model_kit):
     feeds = outliers(20, 1, 6, 8, 8)
     before, after = fitted(model_kit, model_kit.text(CONV, W=weight), feeds, convolutions=False)["x"]
     assert after is before
+
+
+@pytest.mark.parametrize("target, scheme", [(qnn(), "a16w8"), (tensorrt(), "fp8")])
+def test_steps_that_are_fine_already_are_not_made_finer(model_kit, target, scheme):
+    """Of 16 bits and of floats a narrower range would only clip; that of 8 bits is fitted."""
+    text = "g (float[32, 32] x) => (float[32, 32] y) { a = MatMul (x, W)  y = Relu (a) }"
+    model = model_kit.text(text, W=model_kit.normal(32, 32))
+    feeds = outliers(8, 32, 32)
+    found = fitted(model_kit, model.clone(), feeds, target=target, scheme=scheme)
+    assert found and all(before is after for before, after in found.values())
+    eight = fitted(model_kit, model.clone(), feeds, target=target)
+    assert any(before is not after for before, after in eight.values())

@@ -25,7 +25,7 @@ _NEAR = 4
 _FAR = ("MatMul", "Gemm", "Softmax", "LayerNormalization", "Reshape", "Flatten")
 
 
-def _tokens(node: ir.Node) -> str | None:
+def _no_image(node: ir.Node) -> str | None:
     """Sums and products behind convolutions are in integers; scores, masks and a stream of tokens do not bear it."""
     seen, edge = {node}, [node]
     for _ in range(_NEAR):
@@ -43,7 +43,7 @@ _TABLE: Mapping[str, tables.Entry] = {
     "Conv": tables.convolution(),
     # Its products write float as well as integers, and of what transformers have between them little bears 8 bits.
     **dict.fromkeys(("Gemm", "MatMul"), tables.product(output=Output.FLOAT, two=False)),
-    **dict.fromkeys(("Add", "Mul"), tables.every(_tokens)),
+    **dict.fromkeys(("Add", "Mul"), tables.every(_no_image)),
     "Concat": tables.every(joins=True),
     **dict.fromkeys(("AveragePool", "GlobalAveragePool"), tables.unary()),
     **dict.fromkeys(

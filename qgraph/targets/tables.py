@@ -38,6 +38,15 @@ def _weight(scheme: Scheme, axis: int) -> QuantSpec:
     return scheme.weight if per_tensor else replace(scheme.weight, granularity=PerAxis(axis))
 
 
+def _unfit(node: ir.Node, weight: str, bias: ir.Value | None, condition: Condition | None) -> Refusal | None:
+    """Why there is no kernel for an activation that meets a weight (what it is called), and perhaps a bias."""
+    refusal = cpu_checks.float_activation(node.inputs[0]) or cpu_checks.weight(node.inputs[1], weight)
+    if refusal is None and bias is not None:
+        refusal = cpu_checks.weight(bias, "the bias")
+    why = condition(node) if refusal is None and condition is not None else None
+    return refusal if why is None else Refusal(why)
+
+
 def convolution(condition: Condition | None = None, output: Output = Output.QUANTIZED, channels: bool = True) -> Entry:
     """Conv or ConvTranspose with a constant weight.
 
@@ -49,12 +58,9 @@ def convolution(condition: Condition | None = None, output: Output = Output.QUAN
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        refusal = cpu_checks.float_activation(node.inputs[0]) or cpu_checks.weight(node.inputs[1], "the weight")
-        if refusal is None and bias is not None:
-            refusal = cpu_checks.weight(bias, "the bias")
-        why = condition(node) if condition is not None else None
-        if refusal is not None or why is not None:
-            return refusal or Refusal(str(why))
+        refusal = _unfit(node, "the weight", bias, condition)
+        if refusal is not None:
+            return refusal
         return Kernel(
             (node.op_type,),
             {0: _codes(scheme)},
@@ -174,13 +180,10 @@ def scaled(condition: Condition | None = None) -> Entry:
     """A normalization: its scale is a constant of u8, its bias is int32 at the scale of the two."""
 
     def entry(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
-        refusal = cpu_checks.float_activation(node.inputs[0]) or cpu_checks.weight(node.inputs[1], "the scale")
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-        if refusal is None and bias is not None:
-            refusal = cpu_checks.weight(bias, "the bias")
-        why = condition(node) if condition is not None else None
-        if refusal is not None or why is not None:
-            return refusal or Refusal(str(why))
+        refusal = _unfit(node, "the scale", bias, condition)
+        if refusal is not None:
+            return refusal
         codes = _codes(scheme)
         return Kernel(
             (node.op_type,),

@@ -94,12 +94,11 @@ def _product(node: ir.Node, scheme: Scheme) -> Kernel | Refusal:
     made, right = _ends(node.outputs[0]), _ends(node.inputs[1])
     if made is not None and right is not None:
         inner = right[1] if node.attributes.get_int("transB", 0) else right[0]
-        rank = len(node.outputs[0].shape or ())
-        rows = made[0] if rank == _MATRIX or not graph.has_constant(node.inputs[1]) else None
-        if rows is None and rank == _MATRIX and node.outputs[0].is_graph_output():
-            rows = (graph.run_shape(node.outputs[0]) or (None,))[
-                0
-            ]  # A head: little to win, and the output's precision.
+        flat = len(node.outputs[0].shape or ()) == _MATRIX
+        rows = made[0] if flat or not graph.has_constant(node.inputs[1]) else None
+        if flat and rows is None and node.outputs[0].is_graph_output():
+            # A head: little is to be won, and the output's precision to be lost. What was run has to do.
+            rows = next(iter(graph.run_shape(node.outputs[0]) or ()), None)
         if rows == 1 or made[1] == 1:
             return Refusal("one row or column: TensorRT's tensor cores are no help, and quantizers cost")
         if min(made[1] or _TILE, inner or _TILE) < _TILE:

@@ -7,8 +7,6 @@ positions in which it meets the image.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -16,6 +14,7 @@ from qgraph.passes.calibrate_weights import WEIGHT
 from qgraph.passes.round_weights import CODES
 
 from qgraph import graph
+from qgraph.biases import bias_of
 from qgraph.calibration import MEANS
 from qgraph.qparams import QParams, dequantize, fake_quantize
 from qgraph.targets import KERNEL, Kernel
@@ -42,7 +41,7 @@ class CorrectBias(ir.passes.InPlacePass):
             statistic = node.inputs[0].meta.get(MEANS, {}).get(graph.channel_axis(node))
             mean = statistic.mean if statistic is not None else None
             weight = node.inputs[kernel.weight[0]]
-            reader, position = _bias_of(node, kernel)
+            reader, position = bias_of(node, kernel)
             if mean is None or weight is None or reader is None:
                 continue
             shift = _shift(node, weight, params, mean)
@@ -51,31 +50,6 @@ class CorrectBias(ir.passes.InPlacePass):
                 reader.replace_input_with(position, _shifted(model.graph, bias, shift, str(node.name)))
                 changed = True
         return ir.passes.PassResult(model, changed)
-
-
-def _bias_of(node: ir.Node, kernel: Kernel) -> tuple[ir.Node | None, int]:
-    """(the node that adds the bias, its input position)."""
-    if kernel.bias is not None and len(node.inputs) > kernel.bias:
-        return node, kernel.bias
-    users = node.outputs[0].consumers()
-    if len(users) == 1 and graph.is_standard(users[0], "Add") and not node.outputs[0].is_graph_output():
-        position = 1 - list(users[0].inputs).index(node.outputs[0])
-        if _is_row(node, kernel, users[0].inputs[position]):
-            return users[0], position
-    return None, 0
-
-
-def _is_row(node: ir.Node, kernel: Kernel, value: ir.Value | None) -> bool:
-    """Whether `value` is a constant of one number for each output channel, lying along the channels."""
-    weight = node.inputs[kernel.weight[0]] if kernel.weight is not None else None
-    shape, weights = graph.run_shape(value), graph.run_shape(weight)
-    if not graph.has_constant(value) or shape is None or weights is None:
-        return False
-    if node.op_type == "Conv":
-        channels, axis = weights[0], len(weights) - 1
-    else:
-        channels, axis = weights[0 if node.attributes.get_int("transB", 0) else -1], 1
-    return math.prod(shape) == channels and len(shape) >= axis and shape[-axis] == channels
 
 
 def _shift(node: ir.Node, weight: ir.Value, params: QParams, mean: NDArray[np.float64]) -> NDArray[np.float64] | None:

@@ -1,7 +1,9 @@
 """QuantizeLinear(W) -> codes rounded together, so that a layer's output errs less than with each rounded to nearest.
 
 The error counted is the one behind the layer's own quantized inputs, over all the data: `tr(E H E^T)` with `H` their
-second moment. `qgraph.rounding` has the algorithm and the papers.
+second moment, or their covariance where `CorrectBias` takes the mean error out. `qgraph.rounding` has the algorithm and
+the papers. Few rows say little of inputs together: `H` is shrunk towards inputs without correlation (Schaefer and
+Strimmer, "A Shrinkage Approach to Large-Scale Covariance Matrix Estimation", 2005).
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from numpy.typing import NDArray
 from qgraph.passes.calibrate_weights import INPUT, WEIGHT
 
 from qgraph import calibration, graph
-from qgraph.calibration import CHANNELS, STATISTICS
+from qgraph.biases import bias_of
+from qgraph.calibration import CHANNELS, MEANS, STATISTICS
 from qgraph.data import Dataset
 from qgraph.held import HELD
 from qgraph.observers.sample import Patches
 from qgraph.observers.second_moment import Grid, SecondMoment, patches_of
 from qgraph.qparams import QParams
 from qgraph.rounding import round_together
+from qgraph.targets import KERNEL, Kernel
 
 __all__ = ["CODES", "RoundWeights"]
 
@@ -31,6 +35,9 @@ CODES = "qgraph.codes"
 
 _DAMPING = 0.01
 """Share of the mean power of the inputs that is added to each: what the data has not shown may still happen."""
+_PRIOR = 0.5
+"""Rows, as a share of the inputs, that speak for inputs that have nothing to do with each other. With it and the mean
+left out, products of 384 and 1536 inputs that saw 640 to 940 rows lose 0.9 dB less on other rows."""
 
 Codes: TypeAlias = "dict[tuple[str, bytes], NDArray[Any]]"
 _Key: TypeAlias = "tuple[ir.Value, Patches | None, int]"
@@ -176,21 +183,44 @@ def _dimensions(node: ir.Node) -> tuple[int, int, int]:
 
 def _round(nodes: list[ir.Node], seen: SecondMoment) -> None:
     """Codes of all layers that multiply what `seen` has seen."""
-    moment = seen.moment()
-    if moment is None:
+    moment, mean, rows = seen.moment(), seen.mean(), seen.rows
+    if moment is None or mean is None:
         return
     del seen
-    diagonal = np.einsum("gii->gi", moment)
-    diagonal += _DAMPING * diagonal.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    outer = mean[:, :, None] * mean[:, None, :]
+    moment -= outer
+    _shrink(moment, rows)
+    corrected = [node for node in nodes if _is_corrected(node)]
     done: dict[tuple[ir.Value, bytes], NDArray[Any]] = {}
-    for node in nodes:
-        params: QParams = node.meta[WEIGHT]
-        weight = node.inputs[1]
-        assert weight is not None
-        key = weight, params.scale.tobytes()
-        if key not in done:
-            done[key] = _codes(node, weight, params, moment)
-        node.meta[CODES] = done[key]
+    for some in (corrected, [node for node in nodes if node not in corrected]):
+        for node in some:
+            params: QParams = node.meta[WEIGHT]
+            weight = node.inputs[1]
+            assert weight is not None
+            key = weight, params.scale.tobytes()
+            if key not in done:
+                done[key] = _codes(node, weight, params, moment)
+            node.meta[CODES] = done[key]
+        if some is corrected:
+            moment += outer
+
+
+def _is_corrected(node: ir.Node) -> bool:
+    """Whether the mean error of the layer's outputs will be taken out of its bias."""
+    kernel: Kernel | None = node.meta.get(KERNEL)
+    means = node.inputs[0].meta.get(MEANS, {}) if node.inputs[0] is not None else {}
+    statistic = means.get(graph.channel_axis(node))
+    if kernel is None or kernel.weight is None or statistic is None or statistic.mean is None:
+        return False
+    return bias_of(node, kernel)[0] is not None
+
+
+def _shrink(covariance: NDArray[np.float64], rows: int) -> None:
+    """What few rows say of two inputs together counts less, in place; [groups, inputs, inputs] is positive then."""
+    diagonal = np.einsum("gii->gi", covariance)
+    powers = np.maximum(diagonal, 0.0)
+    covariance *= rows / (rows + _PRIOR * covariance.shape[1])
+    diagonal[...] = powers + _DAMPING * powers.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
 
 
 def _codes(node: ir.Node, weight: ir.Value, params: QParams, moment: NDArray[np.float64]) -> NDArray[Any]:

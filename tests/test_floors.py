@@ -81,6 +81,7 @@ FLOORS = [
     },
     {
         "rules",
+        "biases",
         "rounding",
         "block_rounding",
         "block_scales",

@@ -86,7 +86,7 @@ def test_the_error_behind_the_layer_is_smaller(model_kit, name):
     for part in (feeds, unseen):
         new, nearest = behind(model_kit, text, part, inputs, weights)
         # The fewer inputs meet, the less there is to gain.
-        assert new < {"depthwise": 0.98, "groups": 0.9}.get(name, 0.8) * nearest
+        assert new < {"depthwise": 0.98, "groups": 0.93}.get(name, 0.8) * nearest
 
 
 def test_nothing_but_meta_is_changed(model_kit):
@@ -173,3 +173,21 @@ def test_gains_with_codes_are_not_rounded_together(model_kit):
     for feed in feeds:
         exact, found = model_kit.run(model, feed)["y"], model_kit.run(after, feed)["y"]
         assert np.square(found - exact).sum() < 1e-2 * np.square(exact).sum()
+
+
+def test_few_rows_leave_rows_that_are_still_to_come_better_than_the_nearest_codes(model_kit):
+    text, inputs = "g (float[1, 5, 96] x) => (float[1, 5, 40] y) { p = MatMul (x, W) y = Add (p, B) }", 96
+    weight, bias = model_kit.normal(inputs, 40), model_kit.normal(40, seed=1)
+    feeds, unseen = (lambda data: (data[:16], data[16:]))(related(80, 1, 5, inputs))
+    gains = []
+    for about in (0.0, 3.0):  # Where the mean is large, codes need not care: the bias takes it.
+        moved = [[{"x": feed["x"] + np.float32(about)} for feed in part] for part in (feeds, unseen)]
+        model = model_kit.text(text, W=weight, B=bias)
+        rounded(model_kit, model, moved[0])
+        (node,) = [node for node in model.graph if WEIGHT in node.meta]
+        errors = [dequantize(node.meta[CODES], node.meta[WEIGHT]), fake_quantize(weight, node.meta[WEIGHT])]
+        mean = np.concatenate([feed["x"] for feed in moved[0]]).mean(axis=(0, 1))
+        rows = np.concatenate([feed["x"] for feed in moved[1]]) - mean
+        new, nearest = (np.square(rows @ (found - weight)).mean() for found in errors)
+        gains.append(10 * np.log10(nearest / new))
+    assert min(gains) > 1.5  # 80 rows of 96 inputs.

@@ -144,6 +144,14 @@ class SecondMoment:
         if other._sums is not None:
             self._sums = other._sums.copy() if self._sums is None else self._sums + other._sums
 
+    def mean(self) -> NDArray[np.float64] | None:
+        """E[x] in the inputs' own unit, [groups, inputs]; None when nothing was seen."""
+        if self._sums is None:
+            return None
+        mean = self._sums / self.rows + self._middle
+        step = self.grid.step.astype(np.float64)
+        return mean * (np.repeat(step, mean.size // step.size).reshape(mean.shape) if step.ndim else step)
+
     def moment(self) -> NDArray[np.float64] | None:
         """E[x x^T] in the inputs' own unit, [groups, inputs, inputs]; None when nothing was seen."""
         products = self._products.total

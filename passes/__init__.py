@@ -50,6 +50,7 @@ from qgraph.passes.recognize_norm import RecognizeNorm
 from qgraph.passes.residual_norm import ResidualNorm
 from qgraph.passes.round_blocks import RoundBlocks
 from qgraph.passes.round_weights import RoundWeights
+from qgraph.passes.set_aside import SetAside
 from qgraph.passes.shrink_weights import ShrinkWeights
 from qgraph.passes.smooth import Smooth
 from qgraph.passes.split_experts import SplitExperts
@@ -111,6 +112,7 @@ __all__ = [
     "ResidualNorm",
     "RoundBlocks",
     "RoundWeights",
+    "SetAside",
     "ShrinkWeights",
     "Smooth",
     "SplitExperts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import onnx_ir as ir
 
@@ -26,6 +27,9 @@ __all__ = [
     "widen",
     "write",
 ]
+
+_ASIDE = 5e-3
+"""Noise, as a share of the output's power, that is worth the time of a whole product."""
 
 
 def float_only(context: Context) -> Pipeline:
@@ -199,8 +203,10 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
     saved = context.ranges is not None or context.save_ranges is not None
     if context.data is None or static is None or saved or static.torch or context.smoothing == "none":
         return []
-    explicit = context.smoothing == "explicit"
-    return [passes.Equalize(context.target, static), passes.Smooth(context.target, static, explicit)]
+    aside = _ASIDE if context.smoothing == "aside" else math.inf
+    explicit = context.smoothing in ("explicit", "aside")
+    smooth = passes.Smooth(context.target, static, explicit, aside=aside, dynamic=context.dynamic)
+    return [passes.Equalize(context.target, static), smooth]
 
 
 def _shrink(context: Context) -> list[ir.passes.PassBase]:
@@ -266,6 +272,7 @@ def _write(context: Context) -> list[ir.passes.PassBase]:
             learn.append(_blocks(context, context.data))
     return [
         passes.DropFactors(),
+        passes.SetAside(context.target),
         *observe,
         passes.CalibrateWeights(),
         *learn,

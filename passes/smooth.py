@@ -10,6 +10,7 @@ and the int8 products together (onnxruntime 1.31.1, one thread, widths 384 to 30
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -35,6 +36,9 @@ class Smooth(ir.passes.InPlacePass):
         explicit: whether a Mul may be put before a product; or the names of the products that may have one.
         least: decibels at the readers' outputs that are worth new weights.
         worthy: decibels that are worth a Mul.
+        aside: noise, as a share of the output's power, that is worth a product's whole time: where it goes for less,
+            the loudest channels are computed in float (`SetAside` does it); infinite to leave all in the codes.
+        dynamic: names of the products whose ranges will be found at run time.
 
     Attributes:
         changes: what was scaled, after a call.
@@ -48,6 +52,8 @@ class Smooth(ir.passes.InPlacePass):
         explicit: bool | Collection[str] = True,
         least: float = 0.1,
         worthy: float = 1.0,
+        aside: float = math.inf,
+        dynamic: Collection[str] = (),
     ):
         super().__init__()
         self.target = target
@@ -55,12 +61,14 @@ class Smooth(ir.passes.InPlacePass):
         self.explicit = explicit
         self.least = least
         self.worthy = worthy
+        self.aside = aside
+        self.dynamic = dynamic
         self.changes: list[Change] = []
         self.refused: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
-        work = Rebalance(model.graph, self.target, self.scheme, (SAMPLE, CHANNELS))
+        work = Rebalance(model.graph, self.target, self.scheme, (SAMPLE, CHANNELS), self.dynamic)
         scaled: set[ir.Node] = set()
         for group, readers in work.groups():
             if not any(node.op_type == "Conv" for node in readers) and work.fold(group, readers, self.least):
@@ -71,7 +79,7 @@ class Smooth(ir.passes.InPlacePass):
             if source is not None and SAMPLE in node.meta and node not in scaled and self._may_multiply(node):
                 shared.setdefault(source, []).append(node)
         for value, readers in shared.items():
-            work.multiply(value, readers, self.worthy)
+            work.multiply(value, readers, self.worthy, self.aside)
         work.explain(node for node in model.graph if SAMPLE in node.meta and node.op_type != "Conv")
         self.changes, self.refused = work.changes, work.refused
         return ir.passes.PassResult(model, bool(work.changes))

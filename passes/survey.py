@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from qgraph import calibration, graph
 from qgraph.apart import APART, LEAST, SHARE, Apart
-from qgraph.calibration import CHANNELS, SAMPLE, STATISTICS
+from qgraph.calibration import CHANNELS, RUNS, SAMPLE, STATISTICS
 from qgraph.data import Dataset
 from qgraph.observers.channel_range import ChannelRange
+from qgraph.observers.run_ranges import RunRanges
 from qgraph.observers.sample import Patches, Sample
 from qgraph.observers.second_moment import patches_of
 
@@ -28,7 +29,8 @@ __all__ = ["Survey"]
 class Survey(ir.passes.InPlacePass):
     """Runs the data and writes `Node.meta["qgraph.sample"]` and `["qgraph.channels"]` on layers with constant weights.
 
-    Products get `["qgraph.apart"]`, too, where there are four batches or more.
+    Products get `["qgraph.runs"]`, too, and `["qgraph.apart"]` where there are four batches or more; runs are those of
+    the other half then.
 
     Args:
         data: the calibration data.
@@ -59,18 +61,27 @@ class Survey(ir.passes.InPlacePass):
             statistics = source.meta.setdefault(STATISTICS, {})
             statistics.setdefault(patches, Sample(patches))
             statistics.setdefault(axis, ChannelRange(axis))
+            if patches is None:
+                statistics.setdefault(RUNS, RunRanges())
         halves: dict[ir.Value, Apart] = {}
         if layers:
             self._observe(model, layers, halves)
         # Layers that read one value share its sample.
         items: dict[tuple[ir.Value, object], NDArray[np.float32] | None] = {}
+        runs: dict[ir.Value, NDArray[np.float32] | None] = {}
         for node, patches in layers.items():
             source, axis = node.inputs[0], graph.channel_axis(node)
             assert source is not None
             if (source, patches) not in items:
                 items[source, patches] = source.meta[STATISTICS][patches].items
             _hand_over(node, items[source, patches], source.meta[STATISTICS][axis])
-            if source in halves and patches is None:
+            if patches is not None:
+                continue
+            if source not in runs:
+                runs[source] = source.meta[STATISTICS][RUNS].ranges
+            if (ranges := runs[source]) is not None:
+                node.meta[RUNS] = ranges
+            if source in halves:
                 node.meta[APART] = halves[source]
         for node in layers:
             if node.inputs[0] is not None:
@@ -88,10 +99,7 @@ class Survey(ir.passes.InPlacePass):
         for source in sources:
             assert source is not None
             before[source] = source.meta[STATISTICS]
-            source.meta[STATISTICS] = {
-                key: ChannelRange(key) if isinstance(old, ChannelRange) else Sample(old.patches)
-                for key, old in before[source].items()
-            }
+            source.meta[STATISTICS] = {key: _anew(old) for key, old in before[source].items()}
         calibration.observe(model, second, self.folder, self.budget, self._report)
         for source, statistics in before.items():
             later = source.meta[STATISTICS]
@@ -101,6 +109,7 @@ class Survey(ir.passes.InPlacePass):
                 if rows is not None and len(rows) >= LEAST and all(end is not None for end in ends):
                     # Equal rows are one of the sample.
                     halves[source] = Apart(*ends, rows, min(1.0, len(rows) / other.count))
+                    statistics[RUNS] = RunRanges()
             for key, statistic in statistics.items():
                 statistic.merge(later[key])
             source.meta[STATISTICS] = statistics
@@ -108,6 +117,13 @@ class Survey(ir.passes.InPlacePass):
     def _report(self, done: int, total: int) -> None:
         if self.progress is not None:
             self.progress("surveying", done, total)
+
+
+def _anew(old: Any) -> Any:
+    """A statistic of the same kind that has seen nothing."""
+    if isinstance(old, ChannelRange):
+        return ChannelRange(old.axis)
+    return RunRanges() if isinstance(old, RunRanges) else Sample(old.patches)
 
 
 def is_layer(node: ir.Node) -> bool:

@@ -54,3 +54,10 @@ class Apart:
             np.asarray(part / factor, np.float32) for part in (self.low, self.high, self.under, self.over, self.rows)
         )
         return type(self)(low, high, under, over, rows, self.share)
+
+    def without(self, channels: NDArray[np.intp]) -> Self:
+        """The same where these channels, [k], are zero."""
+        parts = [part.copy() for part in (self.low, self.high, self.under, self.over, self.rows)]
+        for part in parts:
+            part[..., channels] = 0
+        return type(self)(*parts, self.share)

@@ -9,6 +9,7 @@ else. No scaling at all is a candidate, too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -30,6 +31,8 @@ _SHARES = (WIDEST, 1.4, 1.2, 1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12)
 """Shares of the range seen that are tried for activations; above 1 they lose unless other data is judged on."""
 _SAMPLES, _COLUMNS = 128, 192
 """Rows of the sample, and output channels of a layer, on which the error is measured."""
+_EXTREME = 16
+"""Of these channels, how many are those with the largest weights, by each of two measures."""
 _ROWS = 64
 """Rows of the sample on which the range of activations is chosen."""
 _POWERS = (0.5, 0.7, 0.85, 1.0)
@@ -56,6 +59,8 @@ class Reader:
         relative: whether each output channel's error counts relative to that channel's power: when the channels behind
             may be scaled as well, their sizes mean nothing.
         apart: halves of what it reads: then candidates are made of the first, and their error is that on the other.
+        runs: lowest and highest of each channel in some runs, [runs, 2, channels], where the range of activations is
+            found in each run anew.
     """
 
     def __init__(
@@ -68,9 +73,10 @@ class Reader:
         weight: QuantSpec,
         relative: bool,
         apart: Apart | None = None,
+        runs: Array | None = None,
     ):
         self.node, self.index, self.activation = node, index, activation
-        self._weight = weight
+        self._weight, self._runs = weight, runs
         self._low, self._high = self._seen = bounds
         if apart is not None and activation is not None:
             sample, self._low, self._high = apart.rows, apart.low, apart.high
@@ -80,8 +86,8 @@ class Reader:
         array = np.asarray(graph.constant(node.inputs[1]), np.float32)
         if node.op_type != "Conv" and not node.attributes.get_int("transB", 0):
             array = array.T
-        step = max(1, len(array) // _COLUMNS) if self._groups == 1 else 1
-        self._weights = np.array(array[::step].reshape(-1, *array.shape[1:2], math.prod(array.shape[2:])))
+        chosen, shares = _chosen(array, self.magnitudes(True)) if self._groups == 1 else (slice(None), 1.0)
+        self._weights = np.array(array[chosen].reshape(-1, *array.shape[1:2], math.prod(array.shape[2:])))
         del array
         graph.release(node.inputs[1])
         self._wanted = self._product(self._sample, self._weights)
@@ -90,7 +96,7 @@ class Reader:
         square = np.square(self._wanted, dtype=np.float64)
         power = square.mean(axis=0)
         silent = max(1e-9 * float(power.max(initial=0)), float(np.finfo(np.float32).tiny))
-        self._columns = 1.0 / np.maximum(power, silent) if relative else np.ones_like(power)
+        self._columns = shares / np.maximum(power, silent) if relative else shares * np.ones_like(power)
         row = square @ self._columns
         self._rows = np.ones_like(row)
         if node.op_type != "Conv":
@@ -118,6 +124,24 @@ class Reader:
         size = size / np.maximum(size.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return np.asarray(size.reshape(self._groups, -1, size.shape[1]).max(axis=1).reshape(-1), np.float32)
 
+    def without(self, channels: NDArray[np.intp]) -> Reader:
+        """The same product but for these inputs, [k]; its errors still count in terms of the whole."""
+        rest = copy.copy(self)
+        rest._sample, rest._weights = self._sample.copy(), self._weights.copy()
+        rest._sample[:, channels] = 0
+        rest._weights[:, channels] = 0
+        rest._low, rest._high = _silent(self._low, channels), _silent(self._high, channels)
+        rest._seen = _silent(self._seen[0], channels), _silent(self._seen[1], channels)
+        rest._runs = None if self._runs is None else _silent(self._runs, channels)
+        rest._wanted = rest._product(rest._sample, rest._weights)
+        rest._middle = rest._wanted.mean(axis=0, keepdims=True)
+        return rest
+
+    def share(self, rest: Reader) -> float:
+        """Power of the output of `rest` in terms of this one's, as the errors count."""
+        square = np.square(rest._wanted, dtype=np.float64)
+        return float(self._rows @ square @ self._columns) / self._signal
+
     def _product(self, x: Array, w: Array) -> Array:
         if self._groups == 1:
             return np.asarray(x.reshape(len(x), -1) @ w.reshape(len(w), -1).T)
@@ -129,7 +153,11 @@ class Reader:
         """Noise over signal at the output when the group's channels have these factors."""
         factors = scale[self.index].astype(np.float32)
         x = self._sample / factors[:, None]
-        if self.activation is not None:
+        if self.activation is not None and self._runs is not None:
+            lows, highs = ((self._runs[:, side] / factors) for side in (0, 1))
+            params = by_runs(x[..., 0], lows.min(axis=1), highs.max(axis=1), self.activation)
+            _round(x, dataclasses.replace(params, scale=params.scale[..., None], zero_point=params.zero_point[..., None]))
+        elif self.activation is not None:
             _quantize(x, float((self._low / factors).min()), float((self._high / factors).max()), self.activation)
         rows = np.repeat(factors.reshape(self._groups, -1), len(self._weights) // self._groups, axis=0)
         w = self._weights * rows[:, :, None]
@@ -150,6 +178,30 @@ class Reader:
         found -= self._wanted
         noise = np.square(found, dtype=np.float64)
         return float(self._rows @ noise @ self._columns) / self._signal
+
+
+def _chosen(array: Array, magnitudes: Array) -> tuple[NDArray[np.intp], Scales]:
+    """Output channels on which the error is measured, and how many each of them stands for.
+
+    Those with the largest weights are among them, as they are and by what they multiply: in a transformer one channel
+    of hundreds may have most of the error.
+    """
+    count = len(array)
+    if count <= _COLUMNS:
+        return np.arange(count), np.ones(count)
+    flat = np.abs(array.reshape(*array.shape[:2], -1)).max(axis=2)
+    sizes = (flat.max(axis=1), (flat * magnitudes).max(axis=1))
+    largest = np.unique(np.concatenate([np.argsort(-size, kind="stable")[:_EXTREME] for size in sizes]))
+    others = np.setdiff1d(np.arange(count), largest)
+    few = others[:: max(1, len(others) // (_COLUMNS - len(largest)))]
+    shares = np.concatenate([np.ones(len(largest)), np.full(len(few), len(others) / len(few))])
+    return np.concatenate([largest, few]), shares
+
+
+def _silent(bound: Array, channels: NDArray[np.intp]) -> Array:
+    found = bound.copy()
+    found[..., channels] = 0
+    return found
 
 
 def _has_bias(node: ir.Node) -> bool:
@@ -174,6 +226,20 @@ def _quantize(x: Array, low: float, high: float, spec: QuantSpec) -> None:
             break
         best, least = params, loss
     _round(x, best)
+
+
+def by_runs(rows: Array, lows: Array, highs: Array, spec: QuantSpec) -> QParams:
+    """Parameters for each row, [n, 1], when each lies in one of some runs: run by run in turn.
+
+    Args:
+        rows: [n, channels].
+        lows: smallest value of each run, [runs].
+        highs: largest.
+        spec: per tensor.
+    """
+    turn = np.arange(len(rows)) % len(lows)
+    low, high = np.minimum(lows[turn], rows.min(axis=1)), np.maximum(highs[turn], rows.max(axis=1))
+    return from_range(low[:, None], high[:, None], spec)
 
 
 def _round(array: Array, params: QParams) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "DEFAULT_BUDGET",
     "MEANS",
     "OBSERVER",
+    "RUNS",
     "SAMPLE",
     "STATISTICS",
     "Store",
@@ -47,6 +48,8 @@ SAMPLE = "qgraph.sample"
 """Key in `Node.meta` of a layer: some of its input, [n, channels] of a product, [n, channels, kernel...] of a Conv."""
 CHANNELS = "qgraph.channels"
 """Key in `Node.meta` of a layer: (low, high) of each input channel over all the data, float32 [channels] each."""
+RUNS = "qgraph.runs"
+"""Key in `Node.meta` of a product: lowest and highest of each input channel in some runs, float32 [runs, 2, channels]."""
 STATISTICS = "qgraph.statistics"
 """Key in `Value.meta`: anything else with an `update(array)`, a dict; it is not saved."""
 Store: TypeAlias = "dict[tuple[str, str], Observer | ChannelMean]"

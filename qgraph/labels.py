@@ -18,6 +18,7 @@ _MEANINGS = (
     (r", folded", "folded", "range is moved between channels where that costs nothing at run time"),
     (r", none", "none", "no range is moved between channels; without this word it is, where that costs nothing"),
     (r", explicit", "explicit", "range is moved between channels, also by multiplications that are put in"),
+    (r", aside", "aside", "the same, and the loudest channels of some products computed in float beside them"),
     (r", learned", "learned", "ranges and roundings are learned from the data"),
     (r"\(\d+\)$", "(2)", "from a second search, with the times of nodes as measured here"),
 )  # fmt: skip

@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Generator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ class Context:
         choices: pattern of node names, or operator -> scheme or "float".
         prices: (node, scheme) -> seconds that its loss of accuracy is worth.
         store: statistics by value, to be used again by the next pipeline on the same model and data.
-        smoothing: how range is moved between channels: "none", "folded" where that costs nothing at run time, or
-            "explicit" with a multiplication where nothing takes the factors.
+        smoothing: how range is moved between channels: "none", "folded" where that costs nothing at run time,
+            "explicit" with a multiplication where nothing takes the factors, or "aside" with the loudest channels in
+            float besides.
+        dynamic: names of the products that are expected to find their ranges at run time.
         learn: whether roundings are learned, which takes its time.
         codes: learned roundings, to be used again like `store`.
         fits: ranges fitted to what reads them, likewise.
@@ -72,6 +74,7 @@ class Context:
     prices: Prices = dataclasses.field(default_factory=dict[tuple[str, str], float])
     store: calibration.Store | None = None
     smoothing: str = "folded"
+    dynamic: Collection[str] = ()
     learn: bool = False
     codes: dict[tuple[str, bytes], NDArray[Any]] | None = None
     fits: dict[tuple[str, tuple[str, ...]], QParams] | None = None

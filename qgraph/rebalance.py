@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 from qgraph import graph, scaling
 from qgraph.apart import APART, Apart
 from qgraph.balance import Balance, Reader, search
+from qgraph.calibration import RUNS
+from qgraph.formats import UINT8
 from qgraph.layouts import along
-from qgraph.spec import Scheme
+from qgraph.sides import SIDE, Side, hushed, loudest, seconds
+from qgraph.spec import QuantSpec, Scheme
 from qgraph.spread import Edit, Layout
 from qgraph.targets import Refusal, Target
 from qgraph.targets.cpu_checks import finite
@@ -25,6 +29,8 @@ FACTOR = "qgraph.factor"
 
 _WEIGHT = 4096
 """Elements from which a constant is a weight that must not be stored twice."""
+_LEAST_ASIDE = 1.0
+"""Decibels that channels in float have to gain, however little time they take."""
 
 Floats = NDArray[np.float32]
 
@@ -38,12 +44,14 @@ class Change:
         before: signal over noise behind their weights before, dB, on the samples.
         after: and after.
         explicit: whether a Mul was put before them, because nothing could take the factors in.
+        aside: how many channels will be computed in float beside them.
     """
 
     readers: tuple[str, ...]
     before: float
     after: float
     explicit: bool
+    aside: int = 0
 
 
 class Rebalance:
@@ -54,14 +62,23 @@ class Rebalance:
         target: knows which layers it runs in integers, and how.
         scheme: the number formats.
         keys: those of `Node.meta` under which a layer's sample and its channels' bounds lie.
+        dynamic: names of the layers whose ranges will be found at run time.
     """
 
-    def __init__(self, main: ir.Graph, target: Target, scheme: Scheme, keys: tuple[str, str]):
+    def __init__(
+        self,
+        main: ir.Graph,
+        target: Target,
+        scheme: Scheme,
+        keys: tuple[str, str],
+        dynamic: Collection[str] = (),
+    ):
         self.changes: list[Change] = []
         self.refused: dict[str, str] = {}
         """Reader -> why its input was not scaled."""
         self._main, self._target, self._scheme = main, target, scheme
         self._sample, self._bounds = keys
+        self._dynamic = dynamic
         self._groups = scaling.find(main)
         # What these make may be of any size: only its error relative to itself says something.
         self._scalable = {node for group in self._groups if group.free.any() for node in group.makers}
@@ -93,14 +110,24 @@ class Rebalance:
         self._rescale({n: i for n, i in group.readers.items() if self._sample in n.meta}, found, explicit=False)
         return True
 
-    def multiply(self, value: ir.Value, surveyed: Sequence[ir.Node], least: float) -> bool:
-        """Put a Mul before these products, which all read `value`, if that gains at least so many decibels."""
+    def multiply(self, value: ir.Value, surveyed: Sequence[ir.Node], least: float, aside: float = math.inf) -> bool:
+        """Put a Mul before these products, which all read `value`, if that gains at least so many decibels.
+
+        Args:
+            value: what they read.
+            surveyed: the products.
+            least: decibels that a Mul has to gain.
+            aside: noise, as a share of the output's power, that must go for the products' whole time if their loudest
+                channels are computed in float; for a part of that time, that part.
+        """
         if self._shared({(node, 1): False for node in surveyed}, surveyed):
             return False
         count = len(surveyed[0].meta[self._bounds][0])
         everything = np.arange(count)
         readers = self._readers(dict.fromkeys(surveyed, everything))
         found = search(readers, np.ones(count, np.bool_)) if readers else None
+        beside = None if found is None or math.isinf(aside) else self._beside(readers, found, aside)
+        found = beside[0] if beside is not None else found
         if found is None or found.gain < least:
             self._refuse(surveyed, found)
             return False
@@ -123,7 +150,49 @@ class Rebalance:
         for node in nodes:
             node.replace_input_with(0, made)
         self._rescale(dict.fromkeys(nodes, everything), found, explicit=True)
+        if beside is not None:
+            self._set_aside(product, nodes, beside[1])
         return True
+
+    def _beside(self, readers: list[Reader], found: Balance, worth: float) -> tuple[Balance, list[Side]] | None:
+        """The best factors with the loudest channels set aside; None where that gains too little for its time."""
+        magnitude = np.max([reader.magnitudes(everything=True) for reader in readers], axis=0)
+        channels = loudest(magnitude)
+        kernels = [self._target.kernel(reader.node, self._scheme) for reader in readers]
+        usual = sum(kernel.integer_seconds for kernel in kernels if not isinstance(kernel, Refusal))
+        if not channels.size or usual <= 0.0:
+            return None
+        rest = [reader.without(channels) for reader in readers]
+        free = np.ones(magnitude.size, np.bool_)
+        free[channels] = False
+        other = search(rest, free)
+        share = seconds(self._target, [reader.node for reader in readers]) / usual
+        best = max(found.after, found.before)
+        if other.after < best + _LEAST_ASIDE or 10 ** (-best / 10) - 10 ** (-other.after / 10) < worth * share:
+            return None
+        sides = [Side(channels, whole.share(part)) for whole, part in zip(readers, rest, strict=True)]
+        return Balance(hushed(other.scale, channels), found.before, other.after), sides
+
+    def _set_aside(self, factor: ir.Node, nodes: Sequence[ir.Node], sides: Sequence[Side]) -> None:
+        """Plan it: what is known of the products' inputs is that of the others from now on."""
+        factor.meta[SIDE] = sides[0]
+        made: dict[int, Floats] = {}
+
+        def hushed_in(array: Floats) -> Floats:
+            if id(array) not in made:
+                made[id(array)] = array.copy()
+                made[id(array)][..., sides[0].channels] = 0
+            return made[id(array)]
+
+        for node, side in zip(nodes, sides, strict=True):
+            node.meta[SIDE] = side
+            node.meta[self._sample] = hushed_in(node.meta[self._sample])
+            node.meta[self._bounds] = tuple(hushed_in(bound) for bound in node.meta[self._bounds])
+            if RUNS in node.meta:
+                node.meta[RUNS] = hushed_in(node.meta[RUNS])
+            if APART in node.meta:
+                node.meta[APART] = node.meta[APART].without(side.channels)
+        self.changes[-1] = dataclasses.replace(self.changes[-1], aside=len(sides[0].channels))
 
     def explain(self, nodes: Iterable[ir.Node]) -> None:
         """Note for each of these layers that was not looked at why its input could not be scaled."""
@@ -151,8 +220,11 @@ class Rebalance:
                 continue
             activation = kernel.activations.get(0)
             apart: Apart | None = node.meta.get(APART)
+            runs = node.meta.get(RUNS) if graph.label(node) in self._dynamic else None
+            if runs is not None and activation is None:
+                activation = QuantSpec(UINT8)
             relative = node in self._scalable
-            found.append(Reader(node, sample, bounds, index, activation, kernel.weight[1], relative, apart))
+            found.append(Reader(node, sample, bounds, index, activation, kernel.weight[1], relative, apart, runs))
         return found
 
     def _shared(self, divided: Mapping[tuple[ir.Node, int], bool], surveyed: Sequence[ir.Node]) -> bool:
@@ -192,6 +264,8 @@ class Rebalance:
             node.meta[self._bounds] = (scaled(low, index, 0), scaled(high, index, 0))
             if APART in node.meta:
                 node.meta[APART] = node.meta[APART].scaled(found.scale[index])
+            if RUNS in node.meta:
+                node.meta[RUNS] = scaled(node.meta[RUNS], index, 2)
             self.refused.pop(graph.label(node), None)
         names = tuple(graph.label(node) for node in indices)
         self.changes.append(Change(names, found.before, found.after, explicit))

@@ -31,6 +31,7 @@ _LEARNING, _MEASURING = 0.5, 0.4
 _BOLDER = 3  # Trials with the schemes that the first candidate does without, where that one is within the budget.
 _LEAST_SAVED = 2e-9  # Seconds: where the estimates say nothing, what was asked for goes before the float graph.
 _HOPELESS = 4.0  # Times the allowed loss that learned roundings will not make up for: they gain up to 5 dB.
+_DEAR = ("explicit", "aside")  # Ways to scale channels that take time, so that they have to bring something.
 FLOAT = "fp32"
 FLOAT_SCHEME = Mixture(FLOAT, (), "float")
 
@@ -136,7 +137,7 @@ class Search:
         """The fastest assignment, with channels scaled in the way that loses least; None when nothing can be had."""
         best: Trial | None = None
         for variant in self.builder.variants:
-            if best is not None and (self._late() or (variant == "explicit" and (best.within or self._unlimited))):
+            if best is not None and (self._late() or (variant in _DEAR and (best.within or self._unlimited))):
                 break
             self.builder.variant = variant
             if best is not None and not self.builder.differs():
@@ -147,7 +148,7 @@ class Search:
             )
             trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", prices)
             # Multiplications take time, so they have to bring something.
-            worth = _WORTH if variant == "explicit" else 1.0
+            worth = _WORTH if variant in _DEAR else 1.0
             if trial is None:
                 # By the estimates nothing pays. They are rough where all is small, so the clock is asked.
                 trial = self._try(0.0, f"all layers, {variant}", self.builder.layers())
@@ -196,16 +197,19 @@ class Search:
         return trial if trial is not None and trial.rivals(first) and trial.strain < _FINER * first.strain else first
 
     def _multiplied(self, first: Trial) -> Trial:
-        """The same assignment with channels scaled by multiplications, where these take no time that a clock shows."""
-        trial, before = None, first.variant
-        if not self._late() and not self.builder.fixed and "explicit" in self.builder.variants and first.saved > 0.0:
-            self.builder.variant = "explicit"
-            if before != "explicit" and self.builder.differs():
-                trial = self._try(0.0, f"{first.name}, explicit", pricing.only(first.assignment, self._saved))
-        if trial is not None and trial.rivals(first) and trial.strain < _WORTH * first.strain:
-            return trial
-        self.builder.variant = before
-        return first
+        """The same assignment with channels scaled in ways that take time, where a clock does not show it."""
+        best = first
+        for variant in _DEAR:
+            if self._late() or self.builder.fixed or variant not in self.builder.variants or first.saved <= 0.0:
+                break
+            self.builder.variant = variant
+            if variant == best.variant or not self.builder.differs():
+                continue
+            trial = self._try(0.0, f"{first.name}, {variant}", pricing.only(first.assignment, self._saved))
+            if trial is not None and trial.rivals(first) and trial.strain < _WORTH * best.strain:
+                best = trial
+        self.builder.variant = best.variant
+        return best
 
     def _learn(self, first: Trial) -> Trial | None:
         """The fastest with learned roundings, where there is time: all that is left if the fastest is within."""

@@ -24,6 +24,7 @@ from qgraph.errors import QuantizationError
 from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
 from qgraph.rules import Rules
+from qgraph.sides import SIDE, Side
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
 from qgraph.targets import Form, Kernel, Output
 
@@ -115,7 +116,8 @@ def _noise(node: ir.Node, kernel: Kernel, learned: bool) -> float:
         signal, noise = _powers(node, kernel, sample, learned)
     finally:
         graph.release(node.inputs[kernel.weight[0]])
-    return noise / signal if signal > 0 else 0.0
+    side: Side | None = node.meta.get(SIDE)
+    return noise / signal * (1.0 if side is None else side.left) if signal > 0 else 0.0
 
 
 def _moved(node: ir.Node) -> float:

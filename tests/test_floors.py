@@ -92,6 +92,7 @@ FLOORS = [
         "layouts",
         "attention",
         "roles",
+        "sides",
         "heads",
         "sizes",
         "quiet",

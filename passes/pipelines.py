@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import onnx_ir as ir
 
@@ -27,9 +26,6 @@ __all__ = [
     "widen",
     "write",
 ]
-
-_ASIDE = 5e-3
-"""Noise, as a share of the output's power, that is worth the time of a whole product."""
 
 
 def float_only(context: Context) -> Pipeline:
@@ -203,8 +199,7 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
     saved = context.ranges is not None or context.save_ranges is not None
     if context.data is None or static is None or saved or static.torch or context.smoothing == "none":
         return []
-    aside = _ASIDE if context.smoothing == "aside" else math.inf
-    explicit = context.smoothing in ("explicit", "aside")
+    explicit, aside = context.smoothing != "folded", context.smoothing == "aside"
     smooth = passes.Smooth(context.target, static, explicit, aside=aside, dynamic=context.dynamic)
     return [passes.Equalize(context.target, static), smooth]
 

@@ -116,9 +116,7 @@ class _Writer:
         outputs = shape[0] if turned else shape[1]
         kinds = (("rest", silent, shape), ("loud", loud, (len(channels), outputs)))
         rest, beside = (
-            weights.derived(
-                self._main, weight, function, ir.DataType.FLOAT, size, self._name(f"{weight.name}_{kind}")
-            )
+            weights.derived(self._main, weight, function, ir.DataType.FLOAT, size, self._name(f"{weight.name}_{kind}"))
             for kind, function, size in kinds
         )
         return rest, beside

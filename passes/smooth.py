@@ -10,7 +10,6 @@ and the int8 products together (onnxruntime 1.31.1, one thread, widths 384 to 30
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -36,8 +35,7 @@ class Smooth(ir.passes.InPlacePass):
         explicit: whether a Mul may be put before a product; or the names of the products that may have one.
         least: decibels at the readers' outputs that are worth new weights.
         worthy: decibels that are worth a Mul.
-        aside: noise, as a share of the output's power, that is worth a product's whole time: where it goes for less,
-            the loudest channels are computed in float (`SetAside` does it); infinite to leave all in the codes.
+        aside: whether the loudest channels may be planned to be computed in float, which `SetAside` writes.
         dynamic: names of the products whose ranges will be found at run time.
 
     Attributes:
@@ -52,7 +50,7 @@ class Smooth(ir.passes.InPlacePass):
         explicit: bool | Collection[str] = True,
         least: float = 0.1,
         worthy: float = 1.0,
-        aside: float = math.inf,
+        aside: bool = False,
         dynamic: Collection[str] = (),
     ):
         super().__init__()

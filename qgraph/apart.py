@@ -57,7 +57,7 @@ class Apart:
 
     def without(self, channels: NDArray[np.intp]) -> Self:
         """The same where these channels, [k], are zero."""
-        parts = [part.copy() for part in (self.low, self.high, self.under, self.over, self.rows)]
-        for part in parts:
+        low, high, under, over, rows = (part.copy() for part in (self.low, self.high, self.under, self.over, self.rows))
+        for part in (low, high, under, over, rows):
             part[..., channels] = 0
-        return type(self)(*parts, self.share)
+        return type(self)(low, high, under, over, rows, self.share)

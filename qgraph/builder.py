@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qgraph import audit, graph, learning, modelio, outcome, registry, unfit
+from qgraph import audit, learning, modelio, outcome, registry, unfit
 from qgraph.blocks import Blocks
 from qgraph.built import Built, assignment_of, digest
 from qgraph.compare import Runnable
@@ -21,7 +21,7 @@ from qgraph.report import NodeReport, Step
 from qgraph.rules import FLOAT, Prices, Rules
 from qgraph.sides import BESIDE, SIDE
 from qgraph.spec import Mixture, Scheme
-from qgraph.targets import KERNEL, REASON, Form, Kernel, Target
+from qgraph.targets import REASON, Form, Target
 
 __all__ = ["VARIANTS", "Builder", "Built", "digest"]
 
@@ -71,7 +71,6 @@ class Builder:
         self._survey_steps: list[Step] = []
         self._variants: dict[str, tuple[ir.Model, list[Step], Context]] = {}
         self._changed: dict[str, bool] = {}
-        self._dynamic: frozenset[str] | None = None
         self.unfollowed: list[str] = []
         self.learns = False  # Whether candidates have learned roundings unless it is said otherwise.
         self.fixed = saved or context.observer is not None  # Whether ranges are those that were asked for.
@@ -141,9 +140,12 @@ class Builder:
             self._surveyed = pipeline(self.original.clone()).model
             self._survey_steps = pipeline.steps
             self._suit(self._surveyed)
+            planned = self._surveyed.clone()
+            with contextlib.suppress(NothingQuantizedError):
+                registry.pipeline("assign")(self.context)(planned)
+            self.context = dataclasses.replace(self.context, dynamic=outcome.dynamic(planned))
         if self.variant not in self._variants:
             context = dataclasses.replace(self.context, smoothing=self.variant, store={}, codes={}, fits={}, blocks={})
-            context = dataclasses.replace(context, dynamic=self._expected(self._surveyed))
             model, steps = self._surveyed.clone(), self._survey_steps
             if self.variant != "none":
                 usual = context.scheme if self.order is None else self.order.usual
@@ -162,16 +164,6 @@ class Builder:
                 steps = [*steps, *pipeline.steps]
                 context = dataclasses.replace(context, folder=self.workspace.spill(model))
             self._variants[self.variant] = model, steps, context
-
-    def _expected(self, model: ir.Model) -> frozenset[str]:
-        """Names of the products that find their ranges at run time where all is as fast as can be."""
-        if self._dynamic is None:
-            planned = model.clone()
-            with contextlib.suppress(NothingQuantizedError):
-                registry.pipeline("assign")(self.context)(planned)
-            kernels: dict[str, Kernel | None] = {graph.label(node): node.meta.get(KERNEL) for node in planned.graph}
-            self._dynamic = frozenset(n for n, one in kernels.items() if one is not None and one.form is Form.DYNAMIC)
-        return self._dynamic
 
     def _suit(self, model: ir.Model) -> None:
         """Take other schemes in place of those that were given, where others suit the model."""
@@ -291,7 +283,7 @@ class Builder:
     def paid(self, built: Built) -> float:
         """Seconds that scaling channels takes, about as long as rounding, and computing some of them in float."""
         factors = [node for node in built.model.graph if FACTOR in node.meta]
-        beside = sum(node.meta.get(BESIDE, 0.0) for node in built.model.graph)
+        beside: float = sum(node.meta.get(BESIDE, 0.0) for node in built.model.graph)
         return beside + sum(self.context.target.quantize_cost(node.outputs[0]) for node in factors)
 
     def _priced(self, prices: Prices | None, scheme: Scheme | Mixture | None) -> Context:

@@ -12,7 +12,7 @@ from qgraph.stored import REACH, Reach
 from qgraph.targets import ABSORBED, FOLDED, KERNEL, REASON, Form, Kernel, Target
 from qgraph.ternary import EXACT
 
-__all__ = ["INSTEAD", "LATE", "NOTHING", "ONLY_FLOAT", "idle", "nodes", "not_chosen", "notes", "overflowing"]
+__all__ = ["INSTEAD", "LATE", "NOTHING", "ONLY_FLOAT", "dynamic", "idle", "nodes", "not_chosen", "notes", "overflowing"]
 
 LATE = "the time limit was reached"
 """How the reason begins that a pass gives for what it had no time for."""
@@ -53,6 +53,12 @@ def nodes(model: ir.Model, found: audit.Audit) -> list[NodeReport]:
             reason = str(node.meta.get(REASON, _ADDED if node.graph is model.graph else _INSIDE))
             reports.append(NodeReport(name, node.op_type, reason=reason))
     return reports
+
+
+def dynamic(model: ir.Model) -> frozenset[str]:
+    """Names of the nodes that are planned to find the ranges of what they read at run time."""
+    kernels: dict[str, Kernel | None] = {graph.label(node): node.meta.get(KERNEL) for node in model.graph}
+    return frozenset(name for name, one in kernels.items() if one is not None and one.form is Form.DYNAMIC)
 
 
 def idle(assignment: Mapping[str, str], layers: Iterable[tuple[str, str]], target: Target) -> bool:

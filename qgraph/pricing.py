@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from qgraph.errors import NothingQuantizedError
 from qgraph.sensitivity import total
 
-__all__ = ["Tariff", "between", "highest", "only"]
+__all__ = ["Tariff", "between", "highest", "only", "without"]
 
 _HALVINGS = 10
 _LEAST, _MOST = 1e-4, 1e6
@@ -56,6 +56,11 @@ class Tariff:
 def only(assignment: Mapping[str, str], known: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
     """Prices of all `known` (node, scheme) at which `assignment` is all that can be."""
     return {(node, scheme): -1.0 if assignment.get(node) == scheme else math.inf for node, scheme in known}
+
+
+def without(known: Iterable[tuple[str, str]], schemes: Collection[str]) -> dict[tuple[str, str], float] | None:
+    """Prices of all `known` (node, scheme) at which these schemes are out; None for no prices."""
+    return {key: math.inf for key in known if key[1] in schemes} or None
 
 
 def highest(least: float, unit: float, saved_at: Callable[[float], float]) -> float | None:

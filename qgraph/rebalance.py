@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from qgraph import graph, scaling
 from qgraph.apart import APART, Apart
-from qgraph.balance import Balance, Reader, search
+from qgraph.balance import Balance, search
 from qgraph.calibration import RUNS
 from qgraph.formats import UINT8
 from qgraph.layouts import along
+from qgraph.readers import Reader
 from qgraph.sides import SIDE, Side, hushed, loudest, seconds
 from qgraph.spec import QuantSpec, Scheme
 from qgraph.spread import Edit, Layout
@@ -31,6 +31,8 @@ _WEIGHT = 4096
 """Elements from which a constant is a weight that must not be stored twice."""
 _LEAST_ASIDE = 1.0
 """Decibels that channels in float have to gain, however little time they take."""
+_WORTH_ASIDE = 5e-3
+"""Noise, as a share of the output's power, that must go for the time of a whole product; for less time, less."""
 
 Floats = NDArray[np.float32]
 
@@ -110,15 +112,14 @@ class Rebalance:
         self._rescale({n: i for n, i in group.readers.items() if self._sample in n.meta}, found, explicit=False)
         return True
 
-    def multiply(self, value: ir.Value, surveyed: Sequence[ir.Node], least: float, aside: float = math.inf) -> bool:
+    def multiply(self, value: ir.Value, surveyed: Sequence[ir.Node], least: float, aside: bool = False) -> bool:
         """Put a Mul before these products, which all read `value`, if that gains at least so many decibels.
 
         Args:
             value: what they read.
             surveyed: the products.
             least: decibels that a Mul has to gain.
-            aside: noise, as a share of the output's power, that must go for the products' whole time if their loudest
-                channels are computed in float; for a part of that time, that part.
+            aside: whether their loudest channels may be computed in float, where that is worth its time.
         """
         if self._shared({(node, 1): False for node in surveyed}, surveyed):
             return False
@@ -126,7 +127,7 @@ class Rebalance:
         everything = np.arange(count)
         readers = self._readers(dict.fromkeys(surveyed, everything))
         found = search(readers, np.ones(count, np.bool_)) if readers else None
-        beside = None if found is None or math.isinf(aside) else self._beside(readers, found, aside)
+        beside = self._beside(readers, found) if aside and found is not None else None
         found = beside[0] if beside is not None else found
         if found is None or found.gain < least:
             self._refuse(surveyed, found)
@@ -154,7 +155,7 @@ class Rebalance:
             self._set_aside(product, nodes, beside[1])
         return True
 
-    def _beside(self, readers: list[Reader], found: Balance, worth: float) -> tuple[Balance, list[Side]] | None:
+    def _beside(self, readers: list[Reader], found: Balance) -> tuple[Balance, list[Side]] | None:
         """The best factors with the loudest channels set aside; None where that gains too little for its time."""
         magnitude = np.max([reader.magnitudes(everything=True) for reader in readers], axis=0)
         channels = loudest(magnitude)
@@ -168,7 +169,7 @@ class Rebalance:
         other = search(rest, free)
         share = seconds(self._target, [reader.node for reader in readers]) / usual
         best = max(found.after, found.before)
-        if other.after < best + _LEAST_ASIDE or 10 ** (-best / 10) - 10 ** (-other.after / 10) < worth * share:
+        if other.after < best + _LEAST_ASIDE or 10 ** (-best / 10) - 10 ** (-other.after / 10) < _WORTH_ASIDE * share:
             return None
         sides = [Side(channels, whole.share(part)) for whole, part in zip(readers, rest, strict=True)]
         return Balance(hushed(other.scale, channels), found.before, other.after), sides

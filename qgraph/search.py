@@ -9,9 +9,8 @@ always measured.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from qgraph import mixing, pricing
 from qgraph.bracket import Bracket
@@ -119,7 +118,7 @@ class Search:
             self._narrow(fastest, _BOLDER)
             return
         if self.builder.order is not None and self._late():
-            self._try(0.0, "most bits", self._without(self.builder.order.others))
+            self._try(0.0, "most bits", pricing.without(self._saved, self.builder.order.others))
             return
         first = fastest if self._bits is not None else self._multiplied(self._finer(fastest))
         best = (None if self._late() else self._learn(first)) or first
@@ -143,9 +142,8 @@ class Search:
             if best is not None and not self.builder.differs():
                 continue
             name = "fastest" if self._forced is None else f"{self._bits:g} bits"
-            prices = self._forced or (
-                self._without(self.builder.order.last) if self.builder.order is not None else None
-            )
+            order = self.builder.order
+            prices = self._forced or (None if order is None else pricing.without(self._saved, order.last))
             trial = self._try(0.0, name if variant == self.builder.variants[0] else f"{name}, {variant}", prices)
             # Multiplications take time, so they have to bring something.
             worth = _WORTH if variant in _DEAR else 1.0
@@ -159,10 +157,6 @@ class Search:
         if best is not None:
             self.builder.variant = best.variant
         return best
-
-    def _without(self, schemes: Collection[str]) -> dict[tuple[str, str], float] | None:
-        """Prices that leave out some schemes; None for no prices."""
-        return {key: math.inf for key in self._saved if key[1] in schemes} or None
 
     def _sized(self, bits: float) -> dict[tuple[str, str], float]:
         """Prices that leave the schemes only that lose least within `bits` for each weight on average."""
@@ -230,6 +224,8 @@ class Search:
                 self.builder.learns = False
                 return None
             self._judge(key, f"{first.name}, learned", built.assignment, built, learned=True)
+            if built.assignment == first.assignment:
+                self.trials.trials[key].saved = first.saved  # The same kernels, whatever the estimates say of them.
         return self.trials.trials[key]
 
     def _try(self, price: float, name: str, forced: dict[tuple[str, str], float] | None = None) -> Trial | None:

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from qgraph import graph, stored, ternary, weights
 from qgraph.apart import APART, Apart
-from qgraph.calibration import CHANNELS, SAMPLE
+from qgraph.calibration import CHANNELS, RUNS, SAMPLE
 from qgraph.errors import QuantizationError
 from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
+from qgraph.readers import in_runs
 from qgraph.rules import Rules
 from qgraph.sides import SIDE, Side
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
@@ -202,6 +203,10 @@ def _in_blocks(weight: NDArray[np.float32], spec: QuantSpec) -> NDArray[np.float
 def _activation(node: ir.Node, kernel: Kernel, rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """The sample as per-tensor codes of the whole range have it."""
     spec = next(iter(kernel.activations.values()), None)
+    runs: NDArray[np.float32] | None = node.meta.get(RUNS) if kernel.form is Form.DYNAMIC else None
+    if runs is not None:
+        ends = runs[:, 0].min(axis=1), runs[:, 1].max(axis=1)
+        return in_runs(rows, *ends, QuantSpec(UINT8) if spec is None else spec)
     channels: tuple[NDArray[np.float32], NDArray[np.float32]] | None = node.meta.get(CHANNELS)
     if spec is None or channels is None:
         low, high = float(rows.min(initial=0.0)), float(rows.max(initial=0.0))

@@ -28,6 +28,7 @@ FLOORS = [
         "islands",
         "rebalance",
         "balance",
+        "readers",
         "apart",
         "division",
         "unfit",

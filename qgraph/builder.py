@@ -66,6 +66,8 @@ class Builder:
             self.variants = ("folded",)  # Of weights alone the error is known without a trial.
         if context.scheme.held is not None:
             self.variants = self.variants[:1]  # Of each variant the codes would be learned anew.
+        if not context.target.sets_aside:
+            self.variants = tuple(one for one in self.variants if one != "aside")
         self.variant = self.variants[0]
         self._surveyed: ir.Model | None = None
         self._survey_steps: list[Step] = []

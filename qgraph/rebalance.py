@@ -161,13 +161,13 @@ class Rebalance:
         channels = loudest(magnitude)
         kernels = [self._target.kernel(reader.node, self._scheme) for reader in readers]
         usual = sum(kernel.integer_seconds for kernel in kernels if not isinstance(kernel, Refusal))
-        if not channels.size or usual <= 0.0:
+        if not channels.size:
             return None
         rest = [reader.without(channels) for reader in readers]
         free = np.ones(magnitude.size, np.bool_)
         free[channels] = False
         other = search(rest, free)
-        share = seconds(self._target, [reader.node for reader in readers]) / usual
+        share = seconds(self._target, [reader.node for reader in readers]) / usual if usual > 0.0 else 0.0
         best = max(found.after, found.before)
         if other.after < best + _LEAST_ASIDE or 10 ** (-best / 10) - 10 ** (-other.after / 10) < _WORTH_ASIDE * share:
             return None

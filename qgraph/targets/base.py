@@ -170,6 +170,8 @@ class Target(abc.ABC):
     """Whether models run in browsers, which load files of 2 GB at most."""
     divides: bool = False
     """Whether a product whose result is copied apart is slower than one for each part."""
+    sets_aside: bool = False
+    """Whether a few channels of a product may be computed in float beside the codes of all others."""
     reciprocals: bool = True
     """Whether Reciprocal between quantizers is right there; else it is written as a Div."""
     rounds_apart: bool = False

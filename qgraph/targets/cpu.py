@@ -125,6 +125,7 @@ class Cpu(Target):
     tolerance = 1e-4
     rounds_apart = True
     divides = True
+    sets_aside = True
 
     def __init__(self, name: str, description: str, activation: Format, weight: Format, costs: Costs = SHIPPED):
         self.name = name

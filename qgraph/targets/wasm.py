@@ -20,6 +20,7 @@ class Wasm(Cpu):
     web = True
     # Not measured there, and browsers' versions differ.
     attention = None
+    sets_aside = False
     # MatMulNBits keeps float activations there, where the CPU provider rounds them to 8 bits.
     tolerance = 1e-2
     evidence = "what it takes: onnxruntime-web; costs: those of x86 with VNNI"

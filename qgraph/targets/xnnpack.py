@@ -19,6 +19,7 @@ __all__ = ["Xnnpack", "xnnpack"]
 class Xnnpack(Cpu):
     """The XNNPACK provider, with the CPU provider for what it does not take."""
 
+    sets_aside = False
     provider = "XnnpackExecutionProvider"
     runner = "xnnpack"
     limits = Limits(static_shapes=True)

@@ -131,27 +131,29 @@ def nodes_of(pairs):
 class Scaled(Builder):
     """Two variants: in the second a multiplication takes some seconds, and noise is a share of what it was."""
 
-    def __init__(self, saved, paid, changes=True):
+    def __init__(self, saved, paid, changes=True, more=()):
         super().__init__(saved)
-        self.variants, self.variant, self.calibrated = ("folded", "explicit"), "folded", True
-        self.seconds, self.changes = paid, changes
+        self.variants, self.variant, self.calibrated = ("folded", "explicit", *more), "folded", True
+        self.seconds, self.changes = {"folded": 0.0, "explicit": paid}, changes
 
     def differs(self):
         return self.changes
 
     def paid(self, built):
-        return self.seconds if self.variant == "explicit" else 0.0
+        return self.seconds[self.variant]
 
 
-def scaled(paid, share, limit=1.0, changes=True, fixed=False):
+def scaled(paid, share, limit=1.0, changes=True, fixed=False, more=None):
+    more = more or {}
     saved, noise = nodes_of([(10.0, 1e-3), (20.0, 2e-3)])
-    builder = Scaled(saved, paid, changes)
+    builder = Scaled(saved, paid, changes, more)
+    builder.seconds.update({name: seconds for name, (seconds, _) in more.items()})
     builder.fixed = fixed
+    shares = {"folded": 1.0, "explicit": share, **{name: part for name, (_, part) in more.items()}}
 
     class Variant(Judge):
         def total(self, assignment):
-            whole = super().total(assignment)
-            return whole * share if builder.variant == "explicit" else whole
+            return super().total(assignment) * shares[builder.variant]
 
     search = Search(builder, Variant(noise, limit), list, Trials(None, ""), FOREVER, lambda *_: None)
     search.run()

@@ -48,6 +48,24 @@ def test_multiplications_are_taken_where_no_clock_shows_the_time_and_the_loss_is
     assert explicit.name == "fastest, explicit"
 
 
+@pytest.mark.parametrize(("paid", "share", "variant"), [(0.7, 0.2, "aside"), (2.0, 0.2, "explicit")])
+def test_channels_are_set_aside_where_no_clock_shows_the_time_and_the_loss_is_less(lab, paid, share, variant):
+    search = lab.scaled(0.5, 0.5, more={"aside": (paid, share)})
+    assert lab.best_of(search).variant == variant
+    assert next(trial for trial in search.trials.trials.values() if trial.variant == "aside").name == "fastest, aside"
+
+
+def test_learned_codes_of_what_only_the_clock_may_like_stand_beside_it(lab):
+    saved, noise = lab.nodes_of([(-0.5, 1e-3)])
+    builder = lab.Builder(saved)
+    builder.calibrated = True
+    builder.learning, builder.layers = 1.0, lambda: {("n0", "int8"): -5.0}
+    search = Search(builder, lab.Judge(noise, 1.0), list, Trials(None, ""), lab.FOREVER, lambda *_: None)
+    search.run()
+    found = {trial.learned: trial.saved for trial in search.trials.trials.values() if trial.assignment}
+    assert found == {False: 0.0, True: 0.0}
+
+
 def test_multiplications_are_not_tried_where_nothing_would_be_multiplied_or_ranges_were_asked_for(lab):
     for changes, fixed in ((False, False), (True, True)):
         search = lab.scaled(0.5, 0.5, changes=changes, fixed=fixed)

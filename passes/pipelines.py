@@ -191,7 +191,7 @@ def _fewest(context: Context) -> Scheme:
 
 
 def _scale(context: Context) -> list[ir.passes.PassBase]:
-    """Numbers that are easier to quantize; in float they stay equal."""
+    """Numbers that are easier to quantize; in float they stay equal. Nothing goes aside of weights that will shrink."""
     if context.data is not None and _only_weights(context) and context.smoothing != "none":
         return [passes.Smooth(context.target, _fewest(context), explicit=False, least=0.5)]
     static = next((part for part in context.scheme.parts if part.static), None)
@@ -199,8 +199,8 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
     saved = context.ranges is not None or context.save_ranges is not None
     if context.data is None or static is None or saved or static.torch or context.smoothing == "none":
         return []
-    explicit, aside = context.smoothing != "folded", context.smoothing == "aside"
-    smooth = passes.Smooth(context.target, static, explicit, aside=aside, dynamic=context.dynamic)
+    aside = context.smoothing == "aside" and context.scheme.held is None and context.target.sets_aside
+    smooth = passes.Smooth(context.target, static, context.smoothing != "folded", aside=aside, dynamic=context.dynamic)
     return [passes.Equalize(context.target, static), smooth]
 
 
@@ -240,7 +240,7 @@ def _annotate(context: Context) -> list[ir.passes.PassBase]:
             context.measured,
             context.choices,
             context.prices,
-            context.data is not None,
+            calibrated=context.data is not None,
         )
     ]
 

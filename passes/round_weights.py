@@ -3,7 +3,8 @@
 The error counted is the one behind the layer's own quantized inputs, over all the data: `tr(E H E^T)` with `H` their
 second moment, or their covariance where `CorrectBias` takes the mean error out. `qgraph.rounding` has the algorithm and
 the papers. Few rows say little of inputs together: `H` is shrunk towards inputs without correlation (Schaefer and
-Strimmer, "A Shrinkage Approach to Large-Scale Covariance Matrix Estimation", 2005).
+Strimmer, "A Shrinkage Approach to Large-Scale Covariance Matrix Estimation", 2005), by a share of the rows' number
+alone.
 """
 
 from __future__ import annotations
@@ -187,8 +188,7 @@ def _round(nodes: list[ir.Node], seen: SecondMoment) -> None:
     if moment is None or mean is None:
         return
     del seen
-    outer = mean[:, :, None] * mean[:, None, :]
-    moment -= outer
+    _add_outer(moment, mean, -1.0)
     _shrink(moment, rows)
     corrected = [node for node in nodes if _is_corrected(node)]
     done: dict[tuple[ir.Value, bytes], NDArray[Any]] = {}
@@ -202,7 +202,13 @@ def _round(nodes: list[ir.Node], seen: SecondMoment) -> None:
                 done[key] = _codes(node, weight, params, moment)
             node.meta[CODES] = done[key]
         if some is corrected:
-            moment += outer
+            _add_outer(moment, mean, 1.0)
+
+
+def _add_outer(moment: NDArray[np.float64], mean: NDArray[np.float64], sign: float) -> None:
+    """What the mean adds to [groups, inputs, inputs], in place, row by row."""
+    for i in range(moment.shape[1]):
+        moment[:, i] += (sign * mean[:, i, None]) * mean
 
 
 def _is_corrected(node: ir.Node) -> bool:

@@ -78,16 +78,16 @@ class _Writer:
         last = product if adds is None else adds
         base = product.name or product.outputs[0].name or "product"
         share = ir.Node("", "MatMul", [self._picks(source), beside], name=self._name(f"{base}_aside"))
-        whole = last.outputs[0]
+        whole, alike = last.outputs[0], product.outputs[0]
         made, name = share.outputs[0], whole.name
-        made.name, made.type, made.shape = share.name, whole.type, whole.shape
+        made.name, made.type, made.shape = share.name, alike.type, alike.shape
         total = ir.Node("", "Add", [whole, made], name=self._name(f"{base}_whole"))
         result = total.outputs[0]
         result.type, result.shape = whole.type, whole.shape
         # What is known of the sum is what was known of the product: its users, its name, its range and its group.
         result.meta.update(whole.meta)
-        if graph.RUN_SHAPE in whole.meta:
-            made.meta[graph.RUN_SHAPE] = whole.meta[graph.RUN_SHAPE]
+        if graph.RUN_SHAPE in alike.meta:
+            made.meta[graph.RUN_SHAPE] = alike.meta[graph.RUN_SHAPE]
         for key in [key for key in whole.meta if key != graph.RUN_SHAPE]:
             del whole.meta[key]
         ir.convenience.replace_all_uses_with(whole, result, replace_graph_outputs=True)

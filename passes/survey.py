@@ -29,8 +29,8 @@ __all__ = ["Survey"]
 class Survey(ir.passes.InPlacePass):
     """Runs the data and writes `Node.meta["qgraph.sample"]` and `["qgraph.channels"]` on layers with constant weights.
 
-    Products get `["qgraph.runs"]`, too, and `["qgraph.apart"]` where there are four batches or more; runs are those of
-    the other half then.
+    Products get `["qgraph.runs"]`, too (a batch is a run, as large as those to come, it is hoped), and, where there are
+    four batches or more, `["qgraph.apart"]`; runs are those of the other half then.
 
     Args:
         data: the calibration data.

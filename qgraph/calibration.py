@@ -33,6 +33,7 @@ __all__ = [
     "RUNS",
     "SAMPLE",
     "STATISTICS",
+    "UNSCALED",
     "Store",
     "observe",
     "restore",
@@ -50,6 +51,8 @@ CHANNELS = "qgraph.channels"
 """Key in `Node.meta` of a layer: (low, high) of each input channel over all the data, float32 [channels] each."""
 RUNS = "qgraph.runs"
 """Key in `Node.meta` of a product: low and high of each input channel in some runs, float32 [runs, 2, channels]."""
+UNSCALED = "qgraph.unscaled"
+"""Key in `Node.meta` of a product behind a Mul that was put in: (its sample without it, the Mul's factors)."""
 STATISTICS = "qgraph.statistics"
 """Key in `Value.meta`: anything else with an `update(array)`, a dict; it is not saved."""
 Store: TypeAlias = "dict[tuple[str, str], Observer | ChannelMean]"

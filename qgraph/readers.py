@@ -174,7 +174,7 @@ def _chosen(array: Array, magnitudes: Array) -> tuple[NDArray[np.intp], Scales]:
     sizes = (flat.max(axis=1), (flat * magnitudes).max(axis=1))
     largest = np.unique(np.concatenate([np.argsort(-size, kind="stable")[:_EXTREME] for size in sizes]))
     others = np.setdiff1d(np.arange(count), largest)
-    few = others[:: max(1, len(others) // (_COLUMNS - len(largest)))]
+    few = others[:: -(-len(others) // (_COLUMNS - len(largest)))]
     shares = np.concatenate([np.ones(len(largest)), np.full(len(few), len(others) / len(few))])
     return np.concatenate([largest, few]), shares
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qgraph import graph, scaling
 from qgraph.apart import APART, Apart
 from qgraph.balance import Balance, search
-from qgraph.calibration import RUNS
+from qgraph.calibration import RUNS, UNSCALED
 from qgraph.formats import UINT8
 from qgraph.layouts import along
 from qgraph.readers import Reader
@@ -46,14 +46,12 @@ class Change:
         before: signal over noise behind their weights before, dB, on the samples.
         after: and after.
         explicit: whether a Mul was put before them, because nothing could take the factors in.
-        aside: how many channels will be computed in float beside them.
     """
 
     readers: tuple[str, ...]
     before: float
     after: float
     explicit: bool
-    aside: int = 0
 
 
 class Rebalance:
@@ -150,6 +148,8 @@ class Rebalance:
         self._main.insert_before(nodes[0], product)
         for node in nodes:
             node.replace_input_with(0, made)
+        for node in nodes:
+            node.meta[UNSCALED] = node.meta[self._sample], factor.numpy()
         self._rescale(dict.fromkeys(nodes, everything), found, explicit=True)
         if beside is not None:
             self._set_aside(product, nodes, beside[1])
@@ -193,7 +193,6 @@ class Rebalance:
                 node.meta[RUNS] = hushed_in(node.meta[RUNS])
             if APART in node.meta:
                 node.meta[APART] = node.meta[APART].without(side.channels)
-        self.changes[-1] = dataclasses.replace(self.changes[-1], aside=len(sides[0].channels))
 
     def explain(self, nodes: Iterable[ir.Node]) -> None:
         """Note for each of these layers that was not looked at why its input could not be scaled."""

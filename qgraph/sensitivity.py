@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qgraph import graph, stored, ternary, weights
 from qgraph.apart import APART, Apart
-from qgraph.calibration import CHANNELS, RUNS, SAMPLE
+from qgraph.calibration import CHANNELS, RUNS, SAMPLE, UNSCALED
 from qgraph.errors import QuantizationError
 from qgraph.formats import UINT8, Int
 from qgraph.qparams import fake_quantize, from_range, of_blocks
@@ -113,11 +113,14 @@ def _noise(node: ir.Node, kernel: Kernel, learned: bool) -> float:
         sample = _drawn(node)
     if sample is None or kernel.weight is None:
         return _UNKNOWN
+    scaled = kernel.form in (Form.QDQ, Form.DYNAMIC)  # Others read what they read before a Mul was put there.
+    before: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None if scaled else node.meta.get(UNSCALED)
+    sample, factor = (sample, None) if before is None else before
     try:
-        signal, noise = _powers(node, kernel, sample, learned)
+        signal, noise = _powers(node, kernel, sample, learned, factor)
     finally:
         graph.release(node.inputs[kernel.weight[0]])
-    side: Side | None = node.meta.get(SIDE)
+    side: Side | None = node.meta.get(SIDE) if scaled else None
     return noise / signal * (1.0 if side is None else side.left) if signal > 0 else 0.0
 
 
@@ -166,12 +169,20 @@ def _drawn(node: ir.Node) -> NDArray[np.float32] | None:
     return np.random.default_rng(inner).standard_t(4, (_ROWS, inner)).astype(np.float32)
 
 
-def _powers(node: ir.Node, kernel: Kernel, sample: NDArray[np.float32], learned: bool) -> tuple[float, float]:
-    """Of the node's output on the sample, and of its error."""
+def _powers(
+    node: ir.Node,
+    kernel: Kernel,
+    sample: NDArray[np.float32],
+    learned: bool,
+    factor: NDArray[np.float32] | None = None,
+) -> tuple[float, float]:
+    """Of the node's output on the sample, and of its error; the weight's inputs are multiplied by `factor`."""
     assert kernel.weight is not None
     position, spec = kernel.weight
     weight = graph.constant(node.inputs[position])
     assert weight is not None
+    if factor is not None:
+        weight = weight * (factor if node.attributes.get_int("transB", 0) else factor[:, None])
     if not np.isfinite(weight).all():
         raise QuantizationError(f"The weight of {graph.label(node)} is not finite.")
     rows = sample.reshape(len(sample), -1)

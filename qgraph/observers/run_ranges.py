@@ -10,14 +10,17 @@ from qgraph.observers.sample import Sample
 
 __all__ = ["RunRanges"]
 
-_RUNS = 32
+_RUNS = 28
 
 
 class RunRanges:
-    """Of at most 32 runs, picked by a hash of these very numbers, so that no order of the data changes them."""
+    """Of at most 28 runs, picked by a hash of these very numbers, so that no order of the data changes them.
+
+    How the data is divided into runs does: they should be as large as those that are to come.
+    """
 
     def __init__(self) -> None:
-        self._runs = Sample(count=_RUNS)
+        self._runs = Sample(count=_RUNS * 8 // 7)  # An eighth are extreme ones, which are not asked for.
 
     def update(self, array: NDArray[np.floating]) -> None:
         """Take in one run's values, [..., channels]; runs that are not finite are left out."""

@@ -32,7 +32,8 @@ _WEIGHT = 4096
 _LEAST_ASIDE = 1.0
 """Decibels that channels in float have to gain, however little time they take."""
 _WORTH_ASIDE = 5e-3
-"""Noise, as a share of the output's power, that must go for the time of a whole product; for less time, less."""
+"""Noise, as a share of the output's power, that must go for the time of a whole product; for less time, less. The four
+products of all-MiniLM-L6-v2 that gain 1.5 dB for the whole model are at 0.019 and above, all others below 0.001."""
 
 Floats = NDArray[np.float32]
 

@@ -27,7 +27,7 @@ CHANNELS_BESIDE = 4
 """As many take hardly longer than one; four times as many take a third longer."""
 _CODES = 2.0
 """Times as long as rounding the result that its share in float takes: Gather, MatMul and Add, one thread, onnxruntime
-1.32.0, results of 64 x 384 to 128 x 3072."""
+1.32.0, results of 64 x 384 to 128 x 3072 (`tools/measure_glue.py --only beside`)."""
 _QUIET = 20
 """Powers of two by which the rows of these channels are made small in the weight that will be in codes."""
 

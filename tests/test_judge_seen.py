@@ -19,7 +19,7 @@ def judged(model_kit, tmp_path):
     """The verdict on y = x * [1, 1, 1, factor], which loses as much as a sample's last number says."""
     original = model_kit.text(TEXT, k=np.ones(4, np.float32))
 
-    def judge(factor, held, seen, *limits, count=5):
+    def judge(factor, held, seen, *limits, count=5, **more):
         datasets = []
         for name, last, many in (("held", held, count), ("seen", seen, 40)):
             x = np.ones((many, 4), np.float32)
@@ -35,6 +35,7 @@ def judged(model_kit, tmp_path):
             tmp_path / "judge",
             True,
             datasets[1],
+            **more,
         )
         candidate = Runnable(model_kit.text(TEXT, k=np.array([1, 1, 1, factor], np.float32)))
         return made.judge(candidate), made
@@ -79,3 +80,11 @@ def test_the_report_says_how_losses_count(model_kit):
     model = model_kit.text("g (float[8, 64] x) => (float[8, 48] y) { y = MatMul (x, W) }", W=model_kit.normal(64, 48))
     found = qgraph.optimize(model, None, data=model_kit.feeds(model), scheme="int8", bench_seconds=0, force=True)
     assert "and those on calibration data where they are worse" in found.report.budget.text
+
+
+def test_what_was_learned_on_samples_flatters_there(judged):
+    """On calibration data the margin is twice as wide: a loss counts for more there than the same one held back."""
+    _, made = judged(0.9, 1.73, 1.73, *SQNR)
+    assert made._second is not None
+    assert made._second.margin() == pytest.approx(1 + 2 / 32**0.5)
+    assert made.margin() == pytest.approx(1 + 1 / 5**0.5)

@@ -255,7 +255,40 @@ def products() -> Iterator[Case]:
         yield Case("int8 products", f"{name} {list(x)}", forms, x, {}, weights)
 
 
+def beside() -> Iterator[Case]:
+    """A few channels in float beside a dynamic int8 product, as `SetAside` writes them: what they add to its time."""
+    for name, (tokens, width, *_) in MODELS.items():
+        x, wide = (1, tokens, width), 4 * width
+        codes = np.random.default_rng(3).integers(-127, 128, (width, wide)).astype(np.int8)
+        weights = {"up": codes, "ups": _normal(wide), "down": codes.reshape(wide, width), "downs": _normal(width)}
+        few = {**_ints(few=[1, 5, 8, 11]), "upf": np.zeros((4, wide), np.float32), "downf": _normal(4, width) * 0}
+
+        def product(source: str, weight: str, result: str) -> str:
+            return (
+                f"_q{weight}, _s{weight}, _z{weight} = DynamicQuantizeLinear ({source})"
+                f" _m{weight} = MatMulInteger (_q{weight}, {weight}, _z{weight})"
+                f" _c{weight} = Cast <to = 1> (_m{weight}) _f{weight} = Mul (_s{weight}, {weight}s)"
+                f" {result} = Mul (_c{weight}, _f{weight}) "
+            )
+
+        def share(source: str, weight: str, coded: str, result: str) -> str:
+            picked = f"_g{weight} = Gather <axis = -1> ({source}, few) _b{weight} = MatMul (_g{weight}, {weight}f)"
+            return f"{picked} {result} = Add ({coded}, _b{weight}) "
+
+        forms = {
+            "codes alone": product("{x}", "up", "_u") + product("_u", "down", "{y}"),
+            "4 aside of the wide one": product("{x}", "up", "_u")
+            + product("_u", "down", "_d")
+            + share("_u", "down", "_d", "{y}"),
+            "4 aside of the narrow one": product("{x}", "up", "_n")
+            + share("{x}", "up", "_n", "_u")
+            + product("_u", "down", "{y}"),
+        }
+        yield Case("channels aside", f"{name} {list(x)}", forms, x, {}, {**weights, **few})
+
+
 SECTIONS = {
+    "beside": beside,
     "activation": activations,
     "norm": norms,
     "rotary": rotary,

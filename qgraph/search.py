@@ -257,7 +257,7 @@ class Search:
 
     def _judge(self, key: str, name: str, assignment: dict[str, str], built: Built, learned: bool = False) -> None:
         try:
-            verdict = self.judge.judge(built.runnable)
+            verdict = self.judge.judge(built.runnable, learned)
         except (DataError, ExecutionError) as error:
             if not assignment:
                 raise  # Where even the float graph cannot be judged, nothing can.

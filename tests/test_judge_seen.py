@@ -19,7 +19,7 @@ def judged(model_kit, tmp_path):
     """The verdict on y = x * [1, 1, 1, factor], which loses as much as a sample's last number says."""
     original = model_kit.text(TEXT, k=np.ones(4, np.float32))
 
-    def judge(factor, held, seen, *limits, count=5, **more):
+    def judge(factor, held, seen, *limits, count=5, learned=False):
         datasets = []
         for name, last, many in (("held", held, count), ("seen", seen, 40)):
             x = np.ones((many, 4), np.float32)
@@ -35,10 +35,9 @@ def judged(model_kit, tmp_path):
             tmp_path / "judge",
             True,
             datasets[1],
-            **more,
         )
         candidate = Runnable(model_kit.text(TEXT, k=np.array([1, 1, 1, factor], np.float32)))
-        return made.judge(candidate), made
+        return made.judge(candidate, learned), made
 
     return judge
 
@@ -83,8 +82,10 @@ def test_the_report_says_how_losses_count(model_kit):
 
 
 def test_what_was_learned_on_samples_flatters_there(judged):
-    """On calibration data the margin is twice as wide: a loss counts for more there than the same one held back."""
-    _, made = judged(0.9, 1.73, 1.73, *SQNR)
-    assert made._second is not None
-    assert made._second.margin() == pytest.approx(1 + 2 / 32**0.5)
-    assert made.margin() == pytest.approx(1 + 1 / 5**0.5)
+    """On calibration data the margin of a learned candidate is twice as wide."""
+    plain, learned = (judged(0.9, 1.73, 5.0, *SQNR, learned=learned) for learned in (False, True))
+    for (verdict, made), errors in ((plain, 1), (learned, 2)):
+        assert made._second.margin() == pytest.approx(1 + errors / 32**0.5)
+        assert made.margin() == pytest.approx(1 + 1 / 5**0.5)
+        assert verdict.losses == plain[0].losses
+    assert learned[0].strain >= plain[0].strain

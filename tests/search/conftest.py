@@ -98,7 +98,7 @@ class Judge:
         whole = self.base + sum(self.noise.get(pair, 0.0) for pair in assignment.items())
         return whole / 1.25 if LEARNED in assignment else whole
 
-    def judge(self, assignment):
+    def judge(self, assignment, learned=False):
         self.seen.append(dict(assignment))
         noise = self.total(assignment)
         sqnr = -10 * math.log10(noise) if noise > 0 else math.inf

@@ -37,10 +37,10 @@ def test_an_interrupted_search_has_kept_what_it_had(lab, tmp_path):
     path = tmp_path / "state.json"
 
     class Stopped(lab.Judge):
-        def judge(self, assignment):
+        def judge(self, assignment, learned=False):
             if len(self.seen) == 11:  # the float graph, the fastest, each node alone, one mixture
                 raise KeyboardInterrupt
-            return super().judge(assignment)
+            return super().judge(assignment, learned)
 
     believed = [Estimate(n, "MatMul", s, noise[n, s], saved[n, s]) for n, s in saved]
     search = Search(

@@ -190,19 +190,19 @@ def _round(nodes: list[ir.Node], seen: SecondMoment) -> None:
     del seen
     _add_outer(moment, mean, -1.0)
     _shrink(moment, rows)
-    corrected = [node for node in nodes if _is_corrected(node)]
     done: dict[tuple[ir.Value, bytes], NDArray[Any]] = {}
-    for some in (corrected, [node for node in nodes if node not in corrected]):
-        for node in some:
-            params: QParams = node.meta[WEIGHT]
-            weight = node.inputs[1]
-            assert weight is not None
-            key = weight, params.scale.tobytes()
-            if key not in done:
-                done[key] = _codes(node, weight, params, moment)
-            node.meta[CODES] = done[key]
-        if some is corrected:
+    centred = True
+    for node in sorted(nodes, key=_is_corrected, reverse=True):
+        if centred and not _is_corrected(node):
             _add_outer(moment, mean, 1.0)
+            centred = False
+        params: QParams = node.meta[WEIGHT]
+        weight = node.inputs[1]
+        assert weight is not None
+        key = weight, params.scale.tobytes()
+        if key not in done:
+            done[key] = _codes(node, weight, params, moment)
+        node.meta[CODES] = done[key]
 
 
 def _add_outer(moment: NDArray[np.float64], mean: NDArray[np.float64], sign: float) -> None:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from qgraph import graph
 from qgraph.targets import Target
 
-__all__ = ["BESIDE", "CHANNELS_BESIDE", "SIDE", "Side", "hushed", "loudest", "seconds"]
+__all__ = ["BESIDE", "SIDE", "Side", "hushed", "loudest", "seconds"]
 
 SIDE = "qgraph.side"
 """Key in `Node.meta`, of a Mul before products and of the products: a `Side` that is planned."""
 BESIDE = "qgraph.beside"
 """Key in `Node.meta` of what computes the channels set aside: seconds that it takes, by the target's costs."""
-CHANNELS_BESIDE = 4
-"""As many take hardly longer than one; four times as many take a third longer."""
+_FEW = 4
+"""Channels set aside. Twice as many take a third to two thirds longer, and bring some tenths of a decibel."""
 _CODES = 2.0
 """Times as long as rounding the result that its share in float takes: Gather, MatMul and Add, one thread, onnxruntime
 1.32.0, results of 64 x 384 to 128 x 3072 (`tools/measure_glue.py --only beside`)."""
@@ -47,7 +47,7 @@ class Side:
 
 def loudest(magnitudes: NDArray[np.floating]) -> NDArray[np.intp]:
     """The channels with the largest magnitudes, in rising order; none where there would be no others."""
-    count = CHANNELS_BESIDE if len(magnitudes) > 2 * CHANNELS_BESIDE else 0
+    count = _FEW if len(magnitudes) > 2 * _FEW else 0
     return np.sort(np.argsort(-magnitudes, kind="stable")[:count])
 
 

@@ -6,6 +6,7 @@ from qgraph.passes.block_bias import BlockBias
 from qgraph.passes.bound_masks import BoundMasks
 from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
+from qgraph.passes.cancel_swaps import CancelSwaps
 from qgraph.passes.canonicalize import Canonicalize
 from qgraph.passes.clip_codes import ClipCodes
 from qgraph.passes.correct_bias import CorrectBias
@@ -40,6 +41,7 @@ from qgraph.passes.nan_guard import NanGuard
 from qgraph.passes.narrow_weights import NarrowWeights
 from qgraph.passes.pack_ternary import PackTernary
 from qgraph.passes.plain_einsum import PlainEinsum
+from qgraph.passes.plain_heads import PlainHeads
 from qgraph.passes.plain_reciprocal import PlainReciprocal
 from qgraph.passes.plain_transpose import PlainTranspose
 from qgraph.passes.portable import Portable
@@ -60,6 +62,7 @@ from qgraph.passes.survey_cache import SurveyCache
 from qgraph.passes.tie_head import TieHead
 from qgraph.passes.to_float import ToFloat
 from qgraph.passes.to_half import ToHalf
+from qgraph.passes.unpack_weights import UnpackWeights
 
 __all__ = [
     "Annotate",
@@ -68,6 +71,7 @@ __all__ = [
     "BoundMasks",
     "Calibrate",
     "CalibrateWeights",
+    "CancelSwaps",
     "Canonicalize",
     "ClipCodes",
     "CorrectBias",
@@ -102,6 +106,7 @@ __all__ = [
     "NarrowWeights",
     "PackTernary",
     "PlainEinsum",
+    "PlainHeads",
     "PlainReciprocal",
     "PlainTranspose",
     "Portable",
@@ -122,4 +127,5 @@ __all__ = [
     "TieHead",
     "ToFloat",
     "ToHalf",
+    "UnpackWeights",
 ]

@@ -61,12 +61,13 @@ class Canonicalize(ir.passes.InPlacePass):
         _name_nodes(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         # Overridable or not, an expansion of a few numbers to a weight is a weight.
-        optimizer.fold_constants(
-            model,
-            input_size_limit=1024,
-            output_size_limit=_LARGE,
-            should_fold=_should_fold,
-        )
+        with quiet("onnxscript.optimizer"):
+            optimizer.fold_constants(
+                model,
+                input_size_limit=1024,
+                output_size_limit=_LARGE,
+                should_fold=_should_fold,
+            )
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         _drop_identities(model)
         common.RemoveUnusedNodesPass()(model)

@@ -156,7 +156,8 @@ def _skip_choice(node: ir.Node) -> bool:
 
 def _fold(model: ir.Model) -> None:
     """Fold what is small; weights were folded before."""
-    optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_should_fold)
+    with quiet("onnxscript.optimizer"):
+        optimizer.fold_constants(model, input_size_limit=_SMALL, output_size_limit=_SMALL, should_fold=_should_fold)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     for node in list(model.graph):
         source = node.inputs[0] if graph.is_standard(node, "Identity") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
+from qgraph.passes.rewriting import rewrite
 
 from qgraph import passes
 from qgraph.data import Dataset
@@ -32,23 +33,23 @@ def float_only(context: Context) -> Pipeline:
     """The float graph as the target runs it fastest; no number is quantized."""
     cache = [] if context.cache is None else [*_sizes(context), *_cache(context)]
     fused = passes.FuseAttention(context.target)
-    return Pipeline(*_rewrite(context), *cache, fused, passes.NarrowWeights(), progress=context.progress)
+    return Pipeline(*rewrite(context), *cache, fused, passes.NarrowWeights(), progress=context.progress)
 
 
 def plan(context: Context) -> Pipeline:
     """Everything up to the decision what to quantize; nothing is calibrated or changed in its numbers."""
-    return Pipeline(*_rewrite(context), *_measure(context), *_annotate(context), progress=context.progress)
+    return Pipeline(*rewrite(context), *_measure(context), *_annotate(context), progress=context.progress)
 
 
 def prepare(context: Context) -> Pipeline:
     """The first half of `quantize`: all that does not depend on which nodes are quantized, and to what."""
-    first = [*_rewrite(context), *_measure(context), *_survey(context), *_scale(context), *_shrink(context)]
+    first = [*rewrite(context), *_measure(context), *_survey(context), *_scale(context), *_shrink(context)]
     return Pipeline(*first, progress=context.progress)
 
 
 def survey(context: Context) -> Pipeline:
     """The start of `prepare`: up to where channels would be scaled."""
-    return Pipeline(*_rewrite(context), *_measure(context), *_survey(context), progress=context.progress)
+    return Pipeline(*rewrite(context), *_measure(context), *_survey(context), progress=context.progress)
 
 
 def scale(context: Context) -> Pipeline:
@@ -74,7 +75,7 @@ def write(context: Context) -> Pipeline:
 def quantize(context: Context) -> Pipeline:
     """Post-training quantization: static, dynamic, weight-only, or mixed, as the scheme says."""
     return Pipeline(
-        *_rewrite(context),
+        *rewrite(context),
         *_measure(context),
         *_survey(context),
         *_scale(context),
@@ -95,62 +96,6 @@ def static(context: Context) -> Pipeline:
     if context.data is None:
         raise OptionError("Static quantization needs calibration data: a few dozen typical inputs (--data).")
     return quantize(context)
-
-
-def _rewrite(context: Context) -> list[ir.passes.PassBase]:
-    """The same numbers in the graph that the target likes."""
-    fixed = [passes.FixShapes(context.target, context.data)] if context.target.limits.static_shapes else []
-    return [
-        *fixed,
-        passes.Canonicalize(_opset(context), context.target.attention is not None),
-        passes.InferTypes(),
-        *_widen(context),
-        passes.FuseLayers(),
-        passes.FoldShapes(),
-        passes.MeanSums(),
-        passes.Recognize(context.target),
-        passes.RecognizeNorm(context.target),
-        passes.PlainReciprocal(context.target),
-        passes.FuseRotary(context.target),
-        passes.NanGuard(),
-        passes.PlainTranspose(),
-        passes.FuseTranspose(context.target),
-        passes.TieHead(context.target),
-        passes.FoldShapes(),
-        passes.GroupHeads(),
-        passes.MaskRows(),
-        passes.BoundMasks(context.target),
-        passes.BiasForm(),
-        passes.ResidualNorm(context.target),
-        passes.RaiseLevel(context.target),
-        *_experts(context),
-        passes.FindTernary(),
-    ]
-
-
-def _opset(context: Context) -> int:
-    """What the target needs; 19 at least, where quantizers write floats, in the schemes of single nodes, too."""
-    schemes = [context.scheme, *(context.target.schemes[name] for name in context.choices.values() if name != FLOAT)]
-    activations = [part.activation for scheme in schemes for part in scheme.parts if part.activation is not None]
-    floats = any(not one.format.whole for one in activations)
-    return max(context.target.min_opset, 19 if floats else 0)
-
-
-def _widen(context: Context) -> list[ir.passes.PassBase]:
-    """Floats of 16 bits to float32; where the target computes in them, only while there are numbers to decide about."""
-    # Caches that will be codes are none in 16 bits.
-    needed = context.target.half is None or context.scheme.parts
-    return [passes.ToFloat(context.cache is None, context.target)] if needed else []
-
-
-def _experts(context: Context) -> list[ir.passes.PassBase]:
-    """A product for each expert, where weights may go into blocks."""
-    if not context.scheme.parts:
-        return []
-    return [
-        passes.PlainEinsum(context.target),
-        passes.SplitExperts(context.target, context.scheme, context.keep_float, context.choices),
-    ]
 
 
 def _measure(context: Context) -> list[ir.passes.PassBase]:

@@ -1,0 +1,191 @@
+"""Which axes of a tensor went where, through the operators that only move them: reshapes as einops sees them.
+
+An axis is a row of atoms, of which a Reshape joins neighbours and takes apart what was one (Rogozhnikov, "Einops: Clear
+and Reliable Tensor Manipulations with Einstein-like Notation", 2022, section 4). Atoms of length 1 are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import onnx_ir as ir
+
+from qgraph import graph, sizes
+
+__all__ = ["Atom", "Moved", "trace"]
+
+_MOVES = ("Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+_FAR = 12
+"""Operators that are followed, at most."""
+
+
+@dataclasses.dataclass(eq=False)
+class Atom:
+    """A stretch of one axis of the source.
+
+    Attributes:
+        size: its length, or the name of it.
+        parts: what it was taken apart into, in order; empty while it is whole.
+        index: the one place along it that was chosen; None where all are there.
+    """
+
+    size: int | ir.SymbolicDim
+    parts: list[Atom] = dataclasses.field(default_factory=list)
+    index: int | None = None
+
+    def whole(self) -> list[Atom]:
+        """The atoms that it consists of, itself if it is one."""
+        return [atom for part in self.parts for atom in part.whole()] if self.parts else [self]
+
+    def cut(self, size: int) -> tuple[Atom, Atom] | None:
+        """Outer part and inner one of this length, if it divides."""
+        if not isinstance(self.size, int) or size < 1 or self.size % size:
+            return None
+        self.parts = [Atom(self.size // size), Atom(size)]
+        return self.parts[0], self.parts[1]
+
+
+Axes: TypeAlias = list[list[Atom]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+    """`value` is `source` with its axes elsewhere.
+
+    Attributes:
+        source: what was moved.
+        steps: the nodes that did, last first.
+        before: the atoms of each axis of the source.
+        after: the atoms of each axis of the value.
+    """
+
+    source: ir.Value
+    steps: list[ir.Node]
+    before: Axes
+    after: Axes
+
+
+def trace(value: ir.Value | None, rank: int) -> Moved | None:
+    """How `value` was made of the furthest tensor of this rank that is only moved on the way; None where none is."""
+    steps: list[ir.Node] = []
+    while (node := graph.producer(value, *_MOVES)) is not None and len(steps) < _FAR:
+        steps.append(node)
+        value = node.inputs[0]
+    for count in range(len(steps), 0, -1):
+        source = steps[count - 1].inputs[0]
+        if source is None or source.shape is None or len(source.shape) != rank or not graph.is_float(source):
+            continue
+        before = [[] if dim == 1 else [Atom(dim)] for dim in source.shape]
+        after = _along(steps[count - 1 :: -1], source, before)
+        if after is not None:
+            return Moved(source, steps[:count], _settled(before), _settled(after))
+    return None
+
+
+def _along(nodes: list[ir.Node], source: ir.Value, before: Axes) -> Axes | None:
+    """The axes behind a chain of nodes; None where one is not seen to keep the elements in a known place."""
+    axes, seen = before, {source: before}
+    for node in nodes:
+        made = _through(node, axes, seen)
+        if made is None:
+            return None
+        axes = seen[node.outputs[0]] = made
+    return axes
+
+
+def _settled(axes: Axes) -> Axes:
+    return [[one for atom in axis for one in atom.whole()] for axis in axes]
+
+
+def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | None:
+    """The axes behind one node."""
+    axes = _settled(axes)
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", range(len(axes))[::-1])
+        return [axes[axis] for axis in order]
+    if node.op_type == "Reshape":
+        return _regroup([atom for axis in axes for atom in axis], list(_dims(node, seen)))
+    if node.op_type == "Gather":
+        axis, index = node.attributes.get_int("axis", 0) % len(axes), graph.constant(node.inputs[1])
+        if index is None or index.ndim != 0 or len(axes[axis]) != 1:
+            return None
+        chosen = axes[axis][0]
+        if not isinstance(chosen.size, int):
+            return None
+        # Each chain has atoms of its own.
+        chosen.index = int(index) % chosen.size
+        return axes[:axis] + axes[axis + 1 :]
+    given = graph.constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if given is None:
+        return None
+    rank = len(axes) + (given.size if node.op_type == "Unsqueeze" else 0)
+    places = {int(axis) % rank for axis in given.reshape(-1)}
+    if node.op_type == "Squeeze":
+        return None if any(axes[axis] for axis in places) else [a for k, a in enumerate(axes) if k not in places]
+    rest = iter(axes)
+    return [[] if place in places else next(rest) for place in range(rank)]
+
+
+_Dim: TypeAlias = "int | ir.SymbolicDim | Atom | None"
+
+
+def _dims(node: ir.Node, seen: dict[ir.Value, Axes]) -> Iterator[_Dim]:
+    """What a Reshape makes: numbers, names, and atoms where the shape is computed from those that are known."""
+    shape, told = node.outputs[0].shape, sizes.elements(node.inputs[1])
+    rank = len(shape) if shape is not None else len(told or ())
+    for axis in range(rank):
+        number = told[axis] if told is not None and len(told) == rank else None
+        if isinstance(number, tuple):
+            atoms = seen.get(number[0], [[]] * (number[1] + 1))[number[1]]
+            if len(atoms) == 1 and not isinstance(atoms[0].size, int):
+                yield atoms[0]
+                continue
+        yield shape[axis] if shape is not None else number if isinstance(number, int) and number > 0 else None
+
+
+def _regroup(atoms: list[Atom], dims: list[_Dim]) -> Axes | None:
+    """Atoms in the axes that they are reshaped to; at most one axis is what is left between the others."""
+    front: Axes = []
+    while len(front) < len(dims) and (taken := _take(atoms, dims[len(front)], 0)) is not None:
+        front.append(taken)
+    back: Axes = []
+    while len(front) + len(back) < len(dims) and (taken := _take(atoms, dims[-1 - len(back)], -1)) is not None:
+        back.insert(0, taken[::-1])
+    left = len(dims) - len(front) - len(back)
+    if left > 1 or (left == 0 and atoms):
+        return None
+    return [*front, *([atoms] if left else []), *back]
+
+
+def _take(atoms: list[Atom], dim: _Dim, end: int) -> list[Atom] | None:
+    """The atoms that make up `dim`, taken from this end of the list; None, with the list as it was, if none do."""
+    if not isinstance(dim, int):
+        found = bool(atoms) and (atoms[end] is dim or _same(atoms[end].size, dim))
+        return [atoms.pop(end)] if found else None
+    if dim == 0:
+        return None
+    taken: list[Atom] = []
+    rest, kept = dim, list(atoms)
+    while rest > 1:
+        size = kept[end].size if kept else None
+        if not isinstance(size, int):
+            return None
+        if rest % size == 0:
+            taken.append(kept.pop(end))
+            rest //= size
+            continue
+        pair = kept[end].cut(size // rest if end == 0 else rest) if size % rest == 0 else None
+        if pair is None:
+            return None
+        at = end % len(kept)
+        kept[at : at + 1] = pair
+        taken.append(kept.pop(end))
+        rest = 1
+    atoms[:] = kept
+    return taken
+
+
+def _same(size: int | ir.SymbolicDim, dim: _Dim) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and not isinstance(size, int) and graph.same_size(size, dim)

@@ -8,6 +8,7 @@ from qgraph.passes.calibrate import Calibrate
 from qgraph.passes.calibrate_weights import CalibrateWeights
 from qgraph.passes.cancel_swaps import CancelSwaps
 from qgraph.passes.canonicalize import Canonicalize
+from qgraph.passes.center import Center
 from qgraph.passes.clip_codes import ClipCodes
 from qgraph.passes.correct_bias import CorrectBias
 from qgraph.passes.divide_products import DivideProducts
@@ -73,6 +74,7 @@ __all__ = [
     "CalibrateWeights",
     "CancelSwaps",
     "Canonicalize",
+    "Center",
     "ClipCodes",
     "CorrectBias",
     "DivideProducts",

@@ -41,7 +41,7 @@ class CorrectBias(ir.passes.InPlacePass):
             statistic = node.inputs[0].meta.get(MEANS, {}).get(graph.channel_axis(node))
             mean = statistic.mean if statistic is not None else None
             weight = node.inputs[kernel.weight[0]]
-            reader, position = bias_of(node, kernel)
+            reader, position = bias_of(node)
             if mean is None or weight is None or reader is None:
                 continue
             shift = _shift(node, weight, params, mean)

@@ -14,7 +14,7 @@ from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from qgraph import graph, sizes
-from qgraph.attention import Attention, between, find
+from qgraph.attention import Attention, between, find, within
 from qgraph.quiet import quiet
 from qgraph.targets import Target
 
@@ -92,8 +92,7 @@ def _obstacle(one: Attention) -> str | None:
         return "queries, keys and values are not seen to have one batch, and a value for each key"
     whole = (queries[0], one.heads, queries[1], keys[1])
     for mask in one.masks:
-        dims = [] if mask.shape is None else list(mask.shape.dims)
-        if not all(_within(dim, size) for dim, size in zip(dims[::-1], whole[::-1], strict=False)):
+        if not within(mask, whole):
             return f"the mask {mask.name!r} is not seen to have the batch, the heads and the positions of the scores"
     # With the heads joined, the first two sizes are those that a 0 copied before, and the third is another. What is
     # computed from sizes is 0 where there is nothing at all.
@@ -103,19 +102,6 @@ def _obstacle(one: Attention) -> str | None:
     else:
         fine = 0 not in target[2:] and (0 not in target or one.joined.attributes.get_int("allowzero", 0) == 0)
     return None if fine else "the heads are not seen to be joined behind it"
-
-
-def _within(dim: _Dim, size: _Dim) -> bool:
-    """Whether a mask's dimension is seen to be 1 or `size`, or has no name to tell it by and cannot well be another."""
-    if dim == 1 or graph.same_size(dim, size):
-        return True
-    if isinstance(dim, int) or size == 1:
-        return False
-    return isinstance(size, int) or not (_is_named(dim) and _is_named(size))
-
-
-def _is_named(dim: ir.SymbolicDim) -> bool:
-    return dim.value is not None and not str(dim.value).startswith(graph.UNKNOWN)
 
 
 def _joins(one: Attention) -> bool:

@@ -146,7 +146,7 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
         return []
     aside = context.smoothing == "aside" and context.scheme.held is None and context.target.sets_aside
     smooth = passes.Smooth(context.target, static, context.smoothing != "folded", aside=aside, dynamic=context.dynamic)
-    return [passes.Equalize(context.target, static), smooth]
+    return [passes.Center(), passes.Equalize(context.target, static), smooth]
 
 
 def _shrink(context: Context) -> list[ir.passes.PassBase]:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qgraph import graph, sizes
-from qgraph.attention import between
+from qgraph.attention import between, within
 from qgraph.axes import Atom, trace
 from qgraph.heads import FRONT, TURNED, factor, is_default
 from qgraph.targets import Target
@@ -24,6 +24,8 @@ __all__ = ["PlainHeads"]
 
 _SWAP, _BACK = (1, 0, 2), (2, 0, 1, 3)
 """Positions to the front or back; how heads go back where positions come first."""
+_SINCE = 13
+"""Before this opset the sizes of a Split are an attribute."""
 _FAR = 8
 """Values between Softmax and the first product, at most."""
 
@@ -49,6 +51,21 @@ class _Read:
     part: tuple[int, int]
     plain: bool
 
+    @property
+    def batch(self) -> int | ir.SymbolicDim:
+        """Its size or name."""
+        return self._lead[self.swapped]
+
+    @property
+    def positions(self) -> int | ir.SymbolicDim:
+        """How many, or the name of that."""
+        return self._lead[not self.swapped]
+
+    @property
+    def _lead(self) -> tuple[int | ir.SymbolicDim, ...]:
+        assert self.source.shape is not None
+        return self.source.shape[:2]
+
 
 class PlainHeads(ir.passes.InPlacePass):
     """Queries, keys and values of an attention come by one Reshape and one Transpose, and its result goes so.
@@ -63,7 +80,7 @@ class PlainHeads(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
-        if self.target.attention is None:
+        if self.target.attention is None or model.graph.opset_imports.get("", 0) < _SINCE:
             return ir.passes.PassResult(model, False)
         writer = _Writer(model.graph)
         changed = [writer.plain(node) for node in list(model.graph) if between(node)]
@@ -73,17 +90,19 @@ class PlainHeads(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, any(changed))
 
 
-def _products(softmax: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """The products before and behind, the first by way of masks and factors."""
-    last = _only_reader(softmax.outputs[0], "MatMul")
-    pending = [softmax.inputs[0]]
+def _products(softmax: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Value]] | None:
+    """The products before and behind, and the masks between the first and Softmax."""
+    last = graph.only_reader(softmax.outputs[0], "MatMul")
+    pending: list[tuple[ir.Value | None, list[ir.Value]]] = [(softmax.inputs[0], [])]
     for _ in range(_FAR):
-        value = _unscaled(pending.pop(0)) if pending else None
+        value, masks = pending.pop(0) if pending else (None, [])
+        value = _unscaled(value)
         first = graph.producer(value, "MatMul")
         if first is not None:
-            return None if last is None or last is first else (first, last)
+            return None if last is None or last is first else (first, last, masks)
         add = graph.producer(value, "Add", "Sum")
-        pending.extend(add.inputs if add is not None else ())
+        given = [one for one in (add.inputs if add is not None else ()) if one is not None]
+        pending.extend((one, [*masks, *(other for other in given if other is not one)]) for one in given)
     return None
 
 
@@ -92,13 +111,6 @@ def _unscaled(value: ir.Value | None) -> ir.Value | None:
     while (node := graph.producer(value, "Mul", "Div")) is not None and (found := factor(node)) is not None:
         value = found[0]
     return value
-
-
-def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    users = value.consumers()
-    if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
-        return None
-    return users[0] if graph.is_standard(users[0], op_type) else None
 
 
 def _read(value: ir.Value | None, order: tuple[int, ...]) -> _Read | None:
@@ -134,6 +146,28 @@ def _length(atoms: list[Atom]) -> int | None:
     return prod(numbers) if len(numbers) == len(atoms) else None
 
 
+def _guarded(result: ir.Value) -> ir.Value:
+    """Where(IsNaN(o), 0, o) behind a product o, if that is all that reads it; else the product."""
+    users = result.consumers()
+    where = next((user for user in users if graph.is_standard(user, "Where")), None)
+    if where is None or len(users) != 2 or result.is_graph_output():
+        return result
+    test = graph.producer(where.inputs[0], "IsNaN")
+    guards = test is not None and test.inputs[0] is result and test in users and where.inputs[2] is result
+    number = graph.run_shape(where.inputs[1])
+    return where.outputs[0] if guards and number is not None and len(number) <= 1 and set(number) <= {1} else result
+
+
+def _fit(reads: list[_Read], masks: list[ir.Value]) -> bool:
+    """Whether nothing is repeated on the way, so that the result is [batch, heads, queries, channels of the values]."""
+    queries, keys, values = reads
+    same = graph.same_size(queries.batch, keys.batch) and graph.same_size(keys.batch, values.batch)
+    if not (same or queries.source is keys.source is values.source) or len({read.heads for read in reads}) > 1:
+        return False
+    whole = (queries.batch, queries.heads, queries.positions, keys.positions)
+    return all(mask.shape is not None and within(mask, whole) for mask in masks)
+
+
 class _Writer:
     """Writes heads plainly; parts of one tensor are taken from it once."""
 
@@ -147,7 +181,7 @@ class _Writer:
         products = _products(softmax)
         if products is None:
             return False
-        first, last = products
+        first, last, masks = products
         reads = [
             _read(value, order)
             for value, order in (
@@ -158,6 +192,8 @@ class _Writer:
         ]
         found = [read for read in reads if read is not None]
         if len(found) < len(reads) or all(read.plain for read in found):
+            return False
+        if any(read.value.is_graph_output() and not read.plain for read in found) or not _fit(found, masks):
             return False
         back = self._back(last, found[0])
         if back is None:
@@ -171,12 +207,9 @@ class _Writer:
 
     def _back(self, last: ir.Node, queries: _Read) -> ir.Node | None:
         """The Transpose that brings the heads back, if what reads it can be told that they are joined."""
-        result = last.outputs[0]
-        guard = next((user for user in result.consumers() if graph.is_standard(user, "Where")), None)
-        if guard is not None and all(graph.is_standard(user, "Where", "IsNaN") for user in result.consumers()):
-            result = guard.outputs[0]
-        back = _only_reader(result, "Transpose")
-        joined = _only_reader(back.outputs[0], "Reshape") if back is not None else None
+        result = _guarded(last.outputs[0])
+        back = graph.only_reader(result, "Transpose")
+        joined = graph.only_reader(back.outputs[0], "Reshape") if back is not None else None
         if back is None or joined is None or joined.inputs[0] is not back.outputs[0]:
             return None
         order = tuple(back.attributes.get_ints("perm", []))
@@ -215,11 +248,7 @@ class _Writer:
     def _join(self, back: ir.Node, queries: _Read, values: _Read) -> None:
         """The heads joined as [batch, positions, ..], and only then positions first."""
         joined, result = back.outputs[0].consumers()[0], back.inputs[0]
-        assert queries.source.shape is not None
-        lead = list(queries.source.shape[:2])
-        if queries.swapped:
-            lead.reverse()
-        width = queries.heads * values.size
+        lead, width = [queries.batch, queries.positions], queries.heads * values.size
         shape = [*lead, queries.heads, values.size]
         [front] = self._node((), "Transpose", [result], [shape], [_perm(FRONT)])
         [rows] = self._node((), "Reshape", [front, self._constant("rows_shape", 0, 0, width)], [[*lead, width]])

@@ -218,7 +218,7 @@ def _is_corrected(node: ir.Node) -> bool:
     statistic = means.get(graph.channel_axis(node))
     if kernel is None or kernel.weight is None or statistic is None or statistic.mean is None:
         return False
-    return bias_of(node, kernel)[0] is not None
+    return bias_of(node)[0] is not None
 
 
 def _shrink(covariance: NDArray[np.float64], rows: int) -> None:

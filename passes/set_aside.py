@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qgraph import graph, weights
 from qgraph.biases import bias_of
 from qgraph.sides import BESIDE, SIDE, Side, seconds
-from qgraph.targets import KERNEL, REASON, Kernel, Target
+from qgraph.targets import REASON, Target
 
 __all__ = ["SetAside"]
 
@@ -73,8 +73,7 @@ class _Writer:
             self._made[weight, turned] = self._weights(weight, turned)
         rest, beside = self._made[weight, turned]
         product.replace_input_with(1, rest)
-        kernel: Kernel | None = product.meta.get(KERNEL)
-        adds = bias_of(product, kernel)[0] if kernel is not None else None
+        adds = bias_of(product)[0]
         last = product if adds is None else adds
         base = product.name or product.outputs[0].name or "product"
         share = ir.Node("", "MatMul", [self._picks(source), beside], name=self._name(f"{base}_aside"))

@@ -16,7 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qgraph import graph, weights
+from qgraph import graph, widened
+from qgraph.heads import is_default
 
 __all__ = ["UnpackWeights"]
 
@@ -30,6 +31,7 @@ class _Part:
     key: str
 
 
+_SINCE = 13
 _PARTS = ("Gather", "Slice", "Split", "Transpose")
 _SHAPED = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
@@ -43,22 +45,30 @@ class UnpackWeights(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
-        main, names = model.graph, graph.value_names(model.graph)
+        main = model.graph
+        # Before opset 13 their arguments are attributes.
+        if model.graph.opset_imports.get("", 0) < _SINCE:
+            return ir.passes.PassResult(model, False)
+        names, refused = graph.value_names(main), set[ir.Value]()
+        changed = False
         # What a part of a part is made of is there once its own turn comes: nodes are in order.
-        changed = [
-            self._unpack(main, node.inputs[0], names)
-            for node in list(main)
-            if graph.is_standard(node, *_PARTS, *_SHAPED)
-        ]
-        if any(changed):
+        for node in [node for node in main if graph.is_standard(node, *_PARTS, *_SHAPED)]:
+            source = node.inputs[0] if node.inputs else None
+            if source is None or source in refused:
+                continue
+            if self._unpack(main, source, names):
+                changed = True
+            else:
+                refused.add(source)
+        if changed:
             common.RemoveUnusedNodesPass()(model)
-        return ir.passes.PassResult(model, any(changed))
+        return ir.passes.PassResult(model, changed)
 
     @staticmethod
-    def _unpack(main: ir.Graph, source: ir.Value | None, names: set[str]) -> bool:
+    def _unpack(main: ir.Graph, source: ir.Value, names: set[str]) -> bool:
         """Whether `source` was taken apart."""
         shape = graph.run_shape(source) if graph.has_constant(source) else None
-        if source is None or source.dtype is None or not shape:
+        if source.dtype in (None, ir.DataType.STRING) or not shape or source.is_graph_output():
             return False
         found = [(user, _parts(user, shape)) for user in source.consumers()]
         # Layers that share a weight take the same parts of it.
@@ -76,24 +86,40 @@ class UnpackWeights(ir.passes.InPlacePass):
                 name, output.name = output.name or "", None
                 if part.key not in known:
                     name = name or graph.fresh_name(f"{source.name}_part", names)
-                    known[part.key] = weights.derived(main, source, part.read, source.dtype, part.shape, name)
-                    known[part.key].type = source.type
+                    known[part.key] = _constant(main, source, part, name)
                 output.replace_all_uses_with(known[part.key])
             main.remove(user, safe=True)
         return True
 
 
+def _constant(main: ir.Graph, source: ir.Value, part: _Part, name: str) -> ir.Value:
+    """A new constant, read from `source` when it is needed; of what is stored in 16 bits, a view, too."""
+    tensor = source.const_value
+    assert tensor is not None
+    stored = widened.source(tensor)
+
+    def evaluate() -> ir.TensorProtocol:
+        array = part.read(stored.numpy())
+        widened.release(stored)
+        return ir.Tensor(array, dtype=stored.dtype, name=name)
+
+    lazy = ir.LazyTensor(evaluate, stored.dtype, ir.Shape(part.shape), name=name)
+    made = graph.add_initializer(main, lazy if stored is tensor else widened.Widened(lazy), name)
+    made.type = source.type
+    return made
+
+
 def _parts(node: ir.Node, shape: tuple[int, ...]) -> list[_Part]:
     """How each output of `node` is read from an array of this shape; empty where that is not known."""
+    if any(is_default(given) for given in node.inputs[1:]):
+        return []
     if graph.is_standard(node, "Split"):
         return _split(node, shape)
     if graph.is_standard(node, *_SHAPED):
         after = graph.run_shape(node.outputs[0])
-        return (
-            []
-            if after is None or prod(after) != prod(shape)
-            else [_Part(lambda array: array.reshape(after), after, f"as {after}")]
-        )
+        if after is None or prod(after) != prod(shape):
+            return []
+        return [_Part(lambda array: array.reshape(after), after, f"as {after}")]
     if not graph.is_standard(node, *_PARTS):
         return []
     read = {"Gather": _gather, "Slice": _slice, "Transpose": _transpose}[node.op_type]

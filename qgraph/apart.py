@@ -55,6 +55,13 @@ class Apart:
         )
         return type(self)(low, high, under, over, rows, self.share)
 
+    def moved(self, by: NDArray[np.floating]) -> Self:
+        """The same with a number added to each channel, [channels]."""
+        low, high, under, over, rows = (
+            np.asarray(part + by, np.float32) for part in (self.low, self.high, self.under, self.over, self.rows)
+        )
+        return type(self)(low, high, under, over, rows, self.share)
+
     def without(self, channels: NDArray[np.intp]) -> Self:
         """The same where these channels, [k], are zero."""
         low, high, under, over, rows = (part.copy() for part in (self.low, self.high, self.under, self.over, self.rows))

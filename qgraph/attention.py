@@ -15,7 +15,9 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.heads import FRONT, TURNED, Heads, ended, factor, split
 
-__all__ = ["Attention", "between", "find", "likely"]
+__all__ = ["Attention", "between", "find", "likely", "within"]
+
+_Dim = int | ir.SymbolicDim
 
 _BETWEEN = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sub", "Sum", "Where")
 _MASKS = 2
@@ -80,7 +82,7 @@ def find(softmax: ir.Node) -> Attention | None:
     Weights and scores that are read elsewhere, keys from a cache and heads that are not of one size are not followed.
     """
     weights = softmax.outputs[0]
-    product = _only_reader(weights, "MatMul")
+    product = graph.only_reader(weights, "MatMul")
     if not _is_softmax(softmax, weights) or product is None or product.inputs[0] is not weights:
         return None
     values, scores = split(product.inputs[1], FRONT), softmax.inputs[0]
@@ -125,18 +127,10 @@ def _is_softmax(node: ir.Node, result: ir.Value | None) -> bool:
     return axis in (-1, 3) and graph.is_float(result) and result.shape is not None and len(result.shape) == 4
 
 
-def _only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
-    """What alone reads `value`, when it is one of these and in the same graph."""
-    users = value.consumers()
-    if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
-        return None
-    return users[0] if graph.is_standard(users[0], *op_types) else None
-
-
 def _maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """What makes `value`, when it is one of these and nothing else reads that."""
     node = graph.producer(value, *op_types)
-    return node if value is not None and node is not None and _only_reader(value, *_ANY) is not None else None
+    return node if value is not None and node is not None and graph.only_reader(value, *_ANY) is not None else None
 
 
 _ANY = ("Add", "Div", "MatMul", "Mul", "Softmax", "Sum")
@@ -163,3 +157,22 @@ def _scores(value: ir.Value | None) -> tuple[Heads, Heads, list[ir.Node], float]
 def _broadcasts(mask: ir.Value) -> bool:
     """Whether the mask is a float of a known rank that can be brought to 4."""
     return graph.is_float(mask) and mask.shape is not None and len(mask.shape) <= 4
+
+
+def within(mask: ir.Value, whole: tuple[_Dim, ...]) -> bool:
+    """Whether adding a mask is seen not to repeat scores of these sizes: [batch, heads, queries, keys]."""
+    dims = [] if mask.shape is None else list(mask.shape.dims)
+    return all(_fits(dim, size) for dim, size in zip(dims[::-1], whole[::-1], strict=False))
+
+
+def _fits(dim: _Dim, size: _Dim) -> bool:
+    """Whether a mask's dimension is seen to be 1 or `size`, or has no name to tell it by and cannot well be another."""
+    if dim == 1 or graph.same_size(dim, size):
+        return True
+    if isinstance(dim, int) or size == 1:
+        return False
+    return isinstance(size, int) or not (_is_named(dim) and _is_named(size))
+
+
+def _is_named(dim: ir.SymbolicDim) -> bool:
+    return dim.value is not None and not str(dim.value).startswith(graph.UNKNOWN)

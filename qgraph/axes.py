@@ -7,7 +7,6 @@ and Reliable Tensor Manipulations with Einstein-like Notation", 2022, section 4)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import TypeAlias
 
 import onnx_ir as ir
@@ -77,6 +76,8 @@ def trace(value: ir.Value | None, rank: int) -> Moved | None:
         source = steps[count - 1].inputs[0]
         if source is None or source.shape is None or len(source.shape) != rank or not graph.is_float(source):
             continue
+        if 0 in source.shape:
+            continue
         before = [[] if dim == 1 else [Atom(dim)] for dim in source.shape]
         after = _along(steps[count - 1 :: -1], source, before)
         if after is not None:
@@ -106,7 +107,8 @@ def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | No
         order = node.attributes.get_ints("perm", range(len(axes))[::-1])
         return [axes[axis] for axis in order]
     if node.op_type == "Reshape":
-        return _regroup([atom for axis in axes for atom in axis], list(_dims(node, seen)))
+        dims = _dims(node, seen)
+        return None if dims is None else _regroup([atom for axis in axes for atom in axis], dims)
     if node.op_type == "Gather":
         axis, index = node.attributes.get_int("axis", 0) % len(axes), graph.constant(node.inputs[1])
         if index is None or index.ndim != 0 or len(axes[axis]) != 1:
@@ -131,18 +133,23 @@ def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | No
 _Dim: TypeAlias = "int | ir.SymbolicDim | Atom | None"
 
 
-def _dims(node: ir.Node, seen: dict[ir.Value, Axes]) -> Iterator[_Dim]:
+def _dims(node: ir.Node, seen: dict[ir.Value, Axes]) -> list[_Dim] | None:
     """What a Reshape makes: numbers, names, and atoms where the shape is computed from those that are known."""
     shape, told = node.outputs[0].shape, sizes.elements(node.inputs[1])
+    if shape is None and told is None:
+        return None
     rank = len(shape) if shape is not None else len(told or ())
+    dims: list[_Dim] = []
     for axis in range(rank):
         number = told[axis] if told is not None and len(told) == rank else None
         if isinstance(number, tuple):
             atoms = seen.get(number[0], [[]] * (number[1] + 1))[number[1]]
             if len(atoms) == 1 and not isinstance(atoms[0].size, int):
-                yield atoms[0]
+                dims.append(atoms[0])
                 continue
-        yield shape[axis] if shape is not None else number if isinstance(number, int) and number > 0 else None
+        known = number if isinstance(number, int) and number > 0 else None
+        dims.append(known if shape is None else shape[axis])
+    return dims
 
 
 def _regroup(atoms: list[Atom], dims: list[_Dim]) -> Axes | None:

@@ -8,7 +8,7 @@ run one after the other over all the data; what lies behind the last observed va
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from qgraph.datafiles import UNREADABLE
 from qgraph.errors import DataError, ModelError, first_line
 from qgraph.observers import Observer
 from qgraph.observers.channel_mean import ChannelMean
+from qgraph.observers.run_ranges import RunRanges
 from qgraph.session import Session, SessionOptions
 
 __all__ = [
@@ -50,7 +51,8 @@ SAMPLE = "qgraph.sample"
 CHANNELS = "qgraph.channels"
 """Key in `Node.meta` of a layer: (low, high) of each input channel over all the data, float32 [channels] each."""
 RUNS = "qgraph.runs"
-"""Key in `Node.meta` of a product: low and high of each input channel in some runs, float32 [runs, 2, channels]."""
+"""Key in `Node.meta` of a product: low and high of each input channel in some runs, float32 [runs, 2, channels]. Those
+of hidden positions (padding) are in them, as they are in a range that is found at run time."""
 UNSCALED = "qgraph.unscaled"
 """Key in `Node.meta` of a product behind a Mul that was put in: (its sample without it, the Mul's factors)."""
 STATISTICS = "qgraph.statistics"
@@ -136,18 +138,25 @@ def _recalled(value: ir.Value, store: Store) -> bool:
 
 def _update(value: ir.Value, array: NDArray[Any], batch: Batch, kinds: Collection[str]) -> None:
     visible = batch.visible
+    statistics = [one for kind in (MEANS, STATISTICS) if kind in kinds for one in value.meta.get(kind, {}).values()]
     if visible is not None and array.ndim == 3 and array.shape[:2] == visible.shape:
+        for statistic in statistics:
+            if isinstance(statistic, RunRanges):
+                # A range found at run time is that of hidden positions, too.
+                statistic.update(array)
+        others = [one for one in statistics if not isinstance(one, RunRanges)]
         # Sample by sample, since some statistics are of samples.
         for rows, seen in zip(array, visible, strict=True):
-            _take(value, rows[seen][None], batch, kinds)
+            _take(value, rows[seen][None], others, batch, kinds)
     else:
-        _take(value, array, batch, kinds)
+        _take(value, array, statistics, batch, kinds)
 
 
-def _take(value: ir.Value, array: NDArray[Any], batch: Batch, kinds: Collection[str]) -> None:
-    for kind in (MEANS, STATISTICS):
-        for statistic in value.meta.get(kind, {}).values() if kind in kinds else ():
-            statistic.update(array)
+def _take(
+    value: ir.Value, array: NDArray[Any], statistics: Sequence[Any], batch: Batch, kinds: Collection[str]
+) -> None:
+    for statistic in statistics:
+        statistic.update(array)
     observer: Observer | None = value.meta.get(OBSERVER)
     if observer is None or OBSERVER not in kinds:
         return

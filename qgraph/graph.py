@@ -29,6 +29,7 @@ __all__ = [
     "is_standard",
     "label",
     "merge_origins",
+    "only_reader",
     "planned_names",
     "producer",
     "release",
@@ -67,6 +68,14 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     """The standard operator of one of these types that makes `value`, or None."""
     node = value.producer() if value is not None else None
     return node if node is not None and is_standard(node, *op_types) else None
+
+
+def only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
+    """What alone reads `value`, once, in the same graph, when it is one of these standard operators; else None."""
+    users = [user for user, _ in value.uses()]
+    if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
+        return None
+    return users[0] if is_standard(users[0], *op_types) else None
 
 
 def has_constant(value: ir.Value | None) -> bool:

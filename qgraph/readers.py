@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qgraph import graph
 from qgraph.apart import WIDEST, Apart
+from qgraph.biases import bias_of
 from qgraph.qparams import QParams, from_range
 from qgraph.spec import PerAxis, PerBlock, QuantSpec
 
@@ -73,7 +74,7 @@ class Reader:
         del array
         graph.release(node.inputs[1])
         self._wanted = self._product(self._sample, self._weights)
-        self._biased = _has_bias(node)
+        self._biased = bias_of(node)[0] is not None
         self._middle = self._wanted.mean(axis=0, keepdims=True)
         square = np.square(self._wanted, dtype=np.float64)
         power = square.mean(axis=0)
@@ -183,14 +184,6 @@ def _silent(bound: Array, channels: NDArray[np.intp]) -> Array:
     found = bound.copy()
     found[..., channels] = 0
     return found
-
-
-def _has_bias(node: ir.Node) -> bool:
-    """Whether the layer has a constant bias, its own or added behind it."""
-    if len(node.inputs) > 2:
-        return graph.has_constant(node.inputs[2])
-    users = node.outputs[0].consumers()
-    return len(users) == 1 and graph.is_standard(users[0], "Add") and any(map(graph.has_constant, users[0].inputs))
 
 
 def _quantize(x: Array, low: float, high: float, spec: QuantSpec) -> None:

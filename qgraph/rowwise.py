@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         nodes: first to last; the first reads the inputs, the last makes the outputs.
         inputs: positions of the first node's inputs that are of the three axes.
-        target: what the last node is reshaped to, if it is one, by [first, second, columns].
+        target: what the last node is reshaped to, if it is one: [first, second, columns].
     """
 
     nodes: tuple[ir.Node, ...]
@@ -66,14 +66,14 @@ def _between_reshapes(first: ir.Node) -> Rows | None:
         return None
     if not isinstance(x.shape[2], int) or flat.shape[1] != x.shape[2] or target is None or 0 in target:
         return None
-    gemm = _only_reader(flat, "Gemm")
+    gemm = graph.only_reader(flat, "Gemm")
     if gemm is None or gemm.inputs[0] is not flat or gemm.attributes.get_int("transA", 0) != 0:
         return None
     if any(graph.run_shape(value) is None for value in gemm.inputs[1:] if value is not None):
         return None
     # A row that is added to each may be; a column may not.
     added = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-    last = _only_reader(gemm.outputs[0], "Reshape")
+    last = graph.only_reader(gemm.outputs[0], "Reshape")
     if last is None or last.inputs[0] is not gemm.outputs[0] or not _is_row(added) or is_default(last.inputs[1]):
         return None
     after, made = last.outputs[0].shape, gemm.outputs[0].shape
@@ -84,13 +84,6 @@ def _between_reshapes(first: ir.Node) -> Rows | None:
     if not any(map(graph.same_size, x.shape[:2], after[:2])) or told is None or None in told or 0 in told:
         return None
     return Rows((first, gemm, last), (0,), last.inputs[1])
-
-
-def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    users = value.consumers()
-    if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
-        return None
-    return users[0] if graph.is_standard(users[0], op_type) else None
 
 
 def _is_wide(value: ir.Value | None) -> bool:

@@ -133,3 +133,15 @@ def test_free_sizes(target, seen):
     assert (moved is not None) == seen
     if moved is not None:
         assert sum(map(len, moved.after)) == (4 if "4" in target else 3)
+
+
+def test_sizes_that_say_nothing():
+    """None at all, and shapes that are not known."""
+    for start, to in (([5, 0, 36], [10, 0, 3, 4]), ([1, 1, 1], None)):
+        x = ir.val("x", ir.DataType.FLOAT, start)
+        shape = ir.Value(name="s", const_value=ir.tensor(np.array(to, np.int64))) if to else ir.val("s")
+        node = ir.Node("", "Reshape", [x, shape], [ir.AttrInt64("allowzero", 1)])
+        node.outputs[0].shape = None if to is None else ir.Shape(to)
+        given = [shape] if to else []
+        ir.Graph([x, *([] if to else [shape])], node.outputs, nodes=[node], initializers=given)
+        assert axes.trace(node.outputs[0], 3) is None

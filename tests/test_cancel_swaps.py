@@ -8,6 +8,7 @@ from onnx_ir.passes import common
 from qgraph.passes import CancelSwaps
 
 from qgraph import rowwise
+from qgraph.swaps import Layout
 
 SWAP = "Transpose <perm = [1, 0, 2]>"
 
@@ -75,6 +76,9 @@ def test_what_goes_by_rows(model_kit, between):
         "b = CumSum (a, axis)",
         "b = MatMul (a, stack)",
         "b = Concat <axis = 0> (a, a)",
+        "b = LayerNormalization <axis = -1> (a, lifted)",
+        "b = PRelu (a, column)",
+        "f = Reshape (a, flat) g = Gemm <transB = 1> (f, f) b = Reshape (g, back)",
     ],
 )
 def test_what_looks_beyond_a_row_stays(model_kit, between):
@@ -82,11 +86,16 @@ def test_what_looks_beyond_a_row_stays(model_kit, between):
         "column": model_kit.normal(5, 1, 1),
         "axis": np.array(0),
         "stack": model_kit.normal(5, 4, 4),
+        "lifted": model_kit.normal(5, 1, 4),
+        "flat": np.array([-1, 4]),
+        "back": np.array([5, 2, 10]),
     }
     used = {name: array for name, array in numbers.items() if f"{name})" in between}
-    length = 10 if "Concat" in between else 5
+    length, made = 10 if "Concat" in between else 5, 10 if "Gemm" in between else 4
+    flat = ", float[10, 4] f, float[10, 10] g" if "Gemm" in between else ""
     model = model_kit.text(
-        f"""g (float[2, 5, 4] x) => (float[2, {length}, 4] y) <float[5, 2, 4] a, float[{length}, 2, 4] b>
+        f"""g (float[2, 5, 4] x) => (float[2, {length}, {made}] y)
+        <float[5, 2, 4] a, float[{length}, 2, {made}] b{flat}>
         {{ a = {SWAP} (x) {between} y = {SWAP} (b) }}""",
         **used,
     )
@@ -119,6 +128,66 @@ def test_outputs_keep_names_and_order(model_kit):
     after, modified = changed(model_kit, model)
     assert modified and swaps(after) == 1
     assert [value.name for value in after.graph.outputs] == ["y", "z", "same"]
+
+
+def test_outputs_keep_their_types(model_kit):
+    """And the names of their sizes, with nothing inferred inside."""
+    model = model_kit.text(
+        f"""g (float[batch, 20] x) => (float[batch, 5, 4] w)
+        {{ r = Reshape (x, to) a = {SWAP} (r) w = {SWAP} (a) }}""",
+        to=np.array([-1, 5, 4]),
+    )
+    after = model.clone()
+    CancelSwaps()(after)
+    given, made = model.graph.outputs[0], after.graph.outputs[0]
+    assert (made.name, made.type, made.shape) == (given.name, given.type, given.shape)
+    model_kit.same(model, after, tolerance=0)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_a_shape_that_is_computed(model_kit, batch):
+    """A batch of none is none the other way round, too."""
+    model = model_kit.text(
+        f"""g (float[N, 5, 4] x) => (float[N, 5, 4] y)
+        <float[5, N, 4] a, float[m, 4] f, float[m, 4] g, float[5, N, 4] b, int64[1] n>
+        {{
+            a = {SWAP} (x) f = Reshape (a, flat) g = Gemm (f, W) n = Shape <start = 0, end = 1> (x)
+            s = Concat <axis = 0> (five, n, four) b = Reshape <allowzero = 1> (g, s) y = {SWAP} (b)
+        }}""",
+        W=model_kit.normal(4, 4),
+        flat=np.array([-1, 4]),
+        five=np.array([5]),
+        four=np.array([4]),
+    )
+    after, modified = changed(model_kit, model, batch)
+    assert modified and swaps(after) == 0
+
+
+def test_costs_grow_with_the_graph(model_kit):
+    """A value that many groups read is looked at once for each."""
+    lines = " ".join(f"a{k} = Relu (t) b{k} = CumSum (a{k}, axis)" for k in range(400))
+    shapes = ", ".join(f"float[5, 2, 4] a{k}, float[5, 2, 4] b{k}" for k in range(400))
+    outputs = ", ".join(f"float[5, 2, 4] b{k}" for k in range(400))
+    model = model_kit.text(
+        f"g (float[2, 5, 4] x) => ({outputs}) <float[5, 2, 4] t, {shapes}> {{ t = {SWAP} (x) {lines} }}",
+        axis=np.array(0),
+    )
+    layout = Layout(model.graph)
+    asked = []
+    users = layout.users
+    layout.users = lambda value: asked.append(value) or users(value)
+    layout.settle()
+    assert len(asked) <= 2 * len(model.graph)
+
+
+def test_old_opsets_stay(model_kit):
+    """Softmax meant something else there."""
+    model = model_kit.text(
+        f"""g (float[2, 5, 4] x) => (float[2, 5, 4] y) <float[5, 2, 4] a, float[5, 2, 4] b>
+        {{ a = {SWAP} (x) b = Softmax (a) y = {SWAP} (b) }}""",
+        opset=12,
+    )
+    assert not CancelSwaps()(model).modified
 
 
 def test_a_subgraph_that_reads_it_is_left_alone(model_kit):

@@ -97,6 +97,7 @@ FLOORS = [
         "axes",
         "heads",
         "rowwise",
+        "swaps",
         "sizes",
         "quiet",
     },

@@ -116,6 +116,11 @@ def test_other_ways(model_kit, changes):
         {"turn": "[0, 1, 2]", "heads": [5, 3, 5, 4], "inputs": "float[5, 5, 36] x"},
         # A 0 that would mean something else with the heads joined.
         {"rows": [-1, 4, 0, 4], "out": "float[m, 4, 3, 4] y"},
+        # Heads that the model gives away.
+        {"out": "float[m, 12] y, float[N, 3, 5, 4] v3"},
+        # Masks that repeat the scores: for more batches, for more queries.
+        {"mask": "K, 1, 1, 5", "inputs": "float[5, 1, 36] x"},
+        {"mask": "N, 1, 7, 5"},
         # The result goes elsewhere, too.
         {"back": BACK + " z = Relu (o)", "out": "float[m, 12] y, float[N, 3, 5, 4] z"},
     ],
@@ -135,3 +140,17 @@ def test_the_plain_way_stays(model_kit):
     """Once more changes nothing."""
     after, _ = plain(attention(model_kit))
     assert not PlainHeads(TARGET)(after).modified
+
+
+def test_queries_that_serve_a_whole_batch_stay(model_kit):
+    """One learned query, as in attention pooling: the product repeats it."""
+    model = attention(
+        model_kit,
+        packed="q0 = Relu (u) k0 = Neg (x) v0 = Abs (x)",
+        inputs="float[5, N, 12] x, float[5, 1, 12] u",
+    )
+    after, changed = plain(model)
+    assert not changed
+    given = [{"x": model_kit.normal(5, 3, 12), "u": model_kit.normal(5, 1, 12)}]
+    FuseAttention(TARGET)(after)
+    model_kit.same(model, after, given)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qgraph.passes import FuseTranspose, UnpackWeights
+from qgraph.passes import FuseTranspose, NarrowWeights, ToFloat, UnpackWeights
 
 from qgraph import registry
 
@@ -112,6 +112,55 @@ def test_nothing_is_copied_before_it_is_read(model_kit, monkeypatch):
     assert "W" not in read
     assert model.graph[0].inputs[1].const_value.numpy().shape == (8, 6)
     assert "W" in read
+
+
+def test_a_caller_may_choose_the_parts(model_kit):
+    """A shape with a default is an input: what it says may change."""
+    model = model_kit.text(
+        "g (float[2, 4] x, int64[2] s) => (float[2, m] y) <float[4, 6] r> { r = Reshape (W, s) y = MatMul (x, r) }",
+        W=model_kit.normal(24),
+        s=np.array([4, 6]),
+    )
+    assert not UnpackWeights()(model).modified
+
+
+def test_weights_in_16_bits_are_stored_so(model_kit, tmp_path):
+    """Each part is a view of what is stored, as the whole was."""
+    weight = model_kit.normal(128, 64).astype(np.float16)
+    model = model_kit.text(
+        """g (float16[2, 128] x) => (float16[2, 32] y, float16[2, 32] z)
+        { p, q = Split <axis = 1, num_outputs = 2> (W) y = MatMul (x, p) z = MatMul (x, q) }""",
+        W=weight,
+    )
+    before = model.clone()
+    for one in (ToFloat(False, registry.target("x86-vnni")), UnpackWeights(), NarrowWeights()):
+        one(model)
+    ir.save(model, tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 1.2 * weight.nbytes
+    model_kit.same(before, model, tolerance=1e-2)
+
+
+def test_strings_and_outputs_stay(model_kit):
+    words = ir.tensor(np.array([[b"a", b"b"]], object))
+    model = model_kit.text("g (float[2] x) => (string[2] y) { y = Reshape (W, s) }", s=np.array([2]))
+    model.graph.register_initializer(ir.Value(name="W", const_value=words, type=ir.TensorType(ir.DataType.STRING)))
+    assert not UnpackWeights()(model).modified
+
+
+def test_a_constant_with_many_readers_is_judged_once(model_kit, monkeypatch):
+    lines = " ".join(f"p{k} = Slice (W, S, E) y{k} = MatMul (x, p{k})" for k in range(50))
+    outputs = ", ".join(f"float[2, 6] y{k}" for k in range(50))
+    model = model_kit.text(
+        f"g (float[2, 4] x) => ({outputs}, float[8, 6] z) {{ {lines} z = Relu (W) }}",
+        W=model_kit.normal(8, 6),
+        S=np.array([0]),
+        E=np.array([4]),
+    )
+    judged = []
+    real = UnpackWeights._unpack
+    monkeypatch.setattr(UnpackWeights, "_unpack", staticmethod(lambda *given: judged.append(given) or real(*given)))
+    assert not UnpackWeights()(model).modified
+    assert len(judged) == 1
 
 
 def test_layers_that_share_a_weight_share_its_parts(model_kit):

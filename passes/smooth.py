@@ -49,7 +49,7 @@ class Smooth(ir.passes.InPlacePass):
         scheme: Scheme,
         explicit: bool | Collection[str] = True,
         least: float = 0.1,
-        worthy: float = 1.0,
+        worthy: float = 0.3,
         aside: bool = False,
         dynamic: Collection[str] = (),
     ):

@@ -215,6 +215,7 @@ class Job:
         search = self._search(builder, judge)
         judge.rewritten = final.rewritten = functools.partial(builder.rewritten, FLOAT_SCHEME)
         self._run(search)
+        self._learned(search, builder, search.trials.unpriced())
         race = Race(self.clock, self.report)
         keys = search.within()
         while keys:
@@ -266,17 +267,17 @@ class Job:
         seen = [data.digest() for data in (judge.data, builder.context.data) if data is not None]
         return (version("qgraph"), self.key, told.target, told.scheme, told.runtime, told.budget, chosen, seen)
 
-    def _learned(self, search: Search, builder: Builder, slow: str) -> bool:
-        """Search again, once, with the times of a slow candidate's nodes as they were measured here."""
-        if self._profiled or not search.trials.trials[slow].assignment:
+    def _learned(self, search: Search, builder: Builder, odd: str | None) -> bool:
+        """Search again, once, with the times of a candidate's nodes as measured here: estimates were far off."""
+        if self._profiled or odd is None or not search.trials.trials[odd].assignment:
             return False
         self._profiled = True
         self.progress("profiling", 0, 0)
-        ratio = search.trials.trials[slow].slowest
+        ratio = search.trials.trials[odd].slowest
         self.report.notes.append(
             f"A first choice ran at {ratio:.2f}x: the search went on with the times of its nodes as measured here."
         )
-        builder.measured.update(details.measured_times(builder, search.get(slow), self.feeds))
+        builder.measured.update(details.measured_times(builder, search.get(odd), self.feeds))
         search.relearn(builder.measured)
         search.deadline = time.monotonic() + self.options.time_limit
         self._run(search)

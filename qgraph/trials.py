@@ -187,6 +187,17 @@ class Trials:
         rank = {key: math.inf if best and trial.rivals(best) else round(trial.saved, 9) for key, trial in good}
         return [k for k, _ in sorted(good, key=lambda one: (-rank[one[0]], one[1].strain, -one[1].saved, one[0]))]
 
+    def unpriced(self) -> str | None:
+        """Digest of the fastest by the clock that estimates said would save nothing; None where one is within.
+
+        Then no mixtures were tried, since by the estimates no node of it pays.
+        """
+        tried = [(key, trial) for key, trial in self.trials.items() if trial.assignment and not trial.failed]
+        if any(trial.within for _, trial in tried):
+            return None
+        faster = {key: t.rate for key, t in tried if t.saved <= 0.0 and t.speed and t.slowest > 1.0}
+        return max(faster, key=lambda key: faster[key], default=None)
+
     def fail(self, digest: str, name: str, assignment: dict[str, str], error: Exception) -> Trial:
         """Remember that a candidate could not be had."""
         trial = Trial(self.unique(name), assignment, math.inf, math.inf, -math.inf, 0.0, failed=str(error))

@@ -21,11 +21,15 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from glue import REPEATS, SECTIONS
+from glue import REPEATS
+from glue import SECTIONS as PIECES
+from glue_flattened import flattened
 
 from qgraph.bench import alternate
 from qgraph.compare import Runnable
 from qgraph.session import SessionOptions
+
+SECTIONS = {**PIECES, "flattened": flattened}
 
 
 @click.command()

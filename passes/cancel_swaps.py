@@ -44,6 +44,7 @@ class CancelSwaps(ir.passes.InPlacePass):
 def _write(main: ir.Graph, layout: Layout) -> None:
     """Turn round what was decided on, and transpose what has to be."""
     writer = _Writer(main)
+    declared = {output: (output.type, output.shape) for output in main.outputs}
     turned = [part for number in sorted(layout.turned) for part in layout.groups[number]]
     uses = [(value, [(*use, layout.needs(value, *use)) for use in layout.users(value)]) for value in layout.origins()]
     for part in turned:
@@ -54,7 +55,7 @@ def _write(main: ir.Graph, layout: Layout) -> None:
             if needs and not others and not asks_whole(user):
                 others.append(writer.transposed(value))
             if isinstance(user, ir.Value):
-                writer.give(user, others[0] if needs else value)
+                writer.give(user, others[0] if needs else value, declared[user])
                 continue
             if needs and asks_whole(user):
                 made, readers_of_it = user.outputs[0], tuple(user.outputs[0].uses())
@@ -91,8 +92,8 @@ class _Writer:
             swapped = graph.add_initializer(self._main, ir.tensor(target[list(SWAP)]), name)
         part.nodes[-1].replace_input_with(1, swapped)
 
-    def give(self, output: ir.Value, made: ir.Value) -> None:
-        """The model gives `made` away in place of `output`, by its name."""
+    def give(self, output: ir.Value, made: ir.Value, declared: tuple[ir.TypeProtocol | None, ir.Shape | None]) -> None:
+        """The model gives `made` away in place of `output`, by its name and as it was declared."""
         if made is output:
             return
         if made.is_graph_output() or made.producer() is None:
@@ -101,7 +102,7 @@ class _Writer:
             self._main.append(node)
             made = node.outputs[0]
         made.name, output.name = output.name, made.name or graph.fresh_name("turned", self._names)
-        made.type, made.shape = output.type or made.type, output.shape or made.shape
+        made.type, made.shape = declared[0] or made.type, declared[1] or made.shape
         outputs = self._main.outputs
         for at, one in enumerate(outputs):
             if one is output:

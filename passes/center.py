@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from math import prod
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qgraph import graph
-from qgraph.apart import APART
+from qgraph.apart import APART, Apart
 from qgraph.biases import bias_of, row_of
 from qgraph.calibration import CHANNELS, RUNS, SAMPLE
 
@@ -27,6 +29,7 @@ _BIAS = {("", "LayerNormalization"): 2, ("com.microsoft", "SkipLayerNormalizatio
 """Input positions of the biases of norms."""
 _RUNS = 4
 """Runs below which the middle of a channel is not known."""
+_ROWS = 256
 
 Floats = NDArray[np.float32]
 Middles = NDArray[np.float64]
@@ -91,7 +94,7 @@ class Center(ir.passes.InPlacePass):
             runs = next((u.meta[RUNS] for u in node.outputs[0].consumers() if RUNS in u.meta), None)
             if runs is None:
                 continue  # Nothing that is multiplied.
-            plan = _plan(node)
+            plan = _plan(node, runs.shape[-1])
             if isinstance(plan, str):
                 self.refused[graph.label(node)] = plan
                 continue
@@ -103,16 +106,18 @@ class Center(ir.passes.InPlacePass):
                 continue
             _center(main, plan, _middles(runs), names)
             self.changes.append(Centered(graph.label(node), gain))
+        if self.changes:
+            common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, bool(self.changes))
 
 
-def _plan(norm: ir.Node) -> _Plan | str:
-    """What can take the middles in; or why not all can."""
+def _plan(norm: ir.Node, columns: int) -> _Plan | str:
+    """What can take as many middles in; or why not all can."""
     value, position = norm.outputs[0], _BIAS[norm.domain, norm.op_type]
     bias = norm.inputs[position] if len(norm.inputs) > position else None
-    columns = graph.run_shape(norm.inputs[position - 1])
-    if columns is None or len(columns) != 1 or (bias is not None and not graph.has_constant(bias)):
-        return "its bias is not a constant"
+    own = [norm.inputs[position - 1], *([] if bias is None else [bias])]
+    if (bias is not None and not graph.has_constant(bias)) or not all(_has_columns(row, columns) for row in own):
+        return "its gain or its bias is not a constant row"
     if value.is_graph_output():
         return "its result is an output of the model"
     layers: list[tuple[ir.Node, ir.Node, int]] = []
@@ -123,14 +128,14 @@ def _plan(norm: ir.Node) -> _Plan | str:
         if graph.is_standard(user, "Shape"):
             continue
         label = graph.label(user)
-        if graph.is_standard(user, "MatMul", "Gemm") and at == 0 and _is_layer(user, columns[0]):
+        if graph.is_standard(user, "MatMul", "Gemm") and at == 0 and _is_layer(user, columns):
             adds, place = bias_of(user)
             if adds is None:
                 return f"{label} reads its result, and has no bias that could make up for it"
             layers.append((user, adds, place))
         elif graph.is_standard(user, "Add", "Sum"):
             others = (other for other in user.inputs if other is not value)
-            rows = [row for other in others if (row := _own_row(other, columns[0])) is not None]
+            rows = [row for other in others if (row := _own_row(other, columns)) is not None]
             if not rows:
                 return f"{label} reads its result, and nothing that it adds has a bias of its own"
             sums.append(rows[0])
@@ -139,6 +144,11 @@ def _plan(norm: ir.Node) -> _Plan | str:
     if len({(node, at) for node, at in sums}) < len(sums):
         return "one bias would have to make up for several sums"
     return _Plan(norm, layers, sums)
+
+
+def _has_columns(value: ir.Value | None, columns: int) -> bool:
+    shape = graph.run_shape(value)
+    return shape is not None and prod(shape) == columns and shape[-1:] == (columns,)
 
 
 def _is_layer(node: ir.Node, columns: int) -> bool:
@@ -200,7 +210,7 @@ def _center(main: ir.Graph, plan: _Plan, middles: Middles, names: set[str]) -> N
         weight = graph.constant(layer.inputs[1])
         assert weight is not None
         turned = layer.attributes.get_int("transB", 0)
-        shift = weight @ middles if turned else middles @ weight
+        shift = _times(weight if turned else weight.T, middles)
         del weight
         graph.release(layer.inputs[1])
         add(adds, at, shift)
@@ -214,11 +224,20 @@ def _center(main: ir.Graph, plan: _Plan, middles: Middles, names: set[str]) -> N
             made[id(array)] = np.asarray(array - middles, np.float32)
         return made[id(array)]
 
+    halves = {
+        id(layer.meta[APART]): layer.meta[APART].moved(-middles) for layer, _, _ in plan.layers if APART in layer.meta
+    }
     for layer, _, _ in plan.layers:
-        _keep(layer, moved, middles)
+        _keep(layer, moved, halves)
 
 
-def _keep(layer: ir.Node, moved: Callable[[Floats], Floats], middles: Middles) -> None:
+def _times(weight: Floats, middles: Middles) -> Middles:
+    """[outputs, channels] by [channels] in float64, some rows at a time: no second copy of a large weight."""
+    parts = range(0, len(weight), _ROWS)
+    return np.concatenate([weight[at : at + _ROWS].astype(np.float64) @ middles for at in parts])
+
+
+def _keep(layer: ir.Node, moved: Callable[[Floats], Floats], halves: dict[int, Apart]) -> None:
     meta = layer.meta
     if SAMPLE in meta:
         meta[SAMPLE] = moved(meta[SAMPLE])
@@ -227,4 +246,4 @@ def _keep(layer: ir.Node, moved: Callable[[Floats], Floats], middles: Middles) -
     if RUNS in meta:
         meta[RUNS] = moved(meta[RUNS])
     if APART in meta:
-        meta[APART] = meta[APART].moved(-middles)
+        meta[APART] = halves[id(meta[APART])]

@@ -23,9 +23,7 @@ def bias_of(node: ir.Node) -> tuple[ir.Node | None, int]:
     first = node.op_type == "Conv" or node.attributes.get_int("transB", 0) != 0
     channels, axis = weights[0 if first else -1], len(weights) - 1 if node.op_type == "Conv" else 1
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        own = graph.run_shape(node.inputs[2])
-        lies = graph.has_constant(node.inputs[2]) and own is not None and math.prod(own) == channels == own[-1]
-        return (node, 2) if lies else (None, 0)
+        return (node, 2) if _is_row(node.inputs[2], channels, 1) else (None, 0)
     users = node.outputs[0].consumers()
     if len(users) == 1 and graph.is_standard(users[0], "Add") and not node.outputs[0].is_graph_output():
         position = 1 - list(users[0].inputs).index(node.outputs[0])
@@ -37,6 +35,8 @@ def bias_of(node: ir.Node) -> tuple[ir.Node | None, int]:
 def row_of(value: ir.Value | None, columns: int) -> tuple[ir.Node, int] | None:
     """(the node that adds a constant row of so many columns to make `value`, its input position); None for none."""
     node = graph.producer(value, "Add", "Gemm")
+    if node is not None and node.attributes.get_float("beta", 1.0) != 1.0:
+        return None
     for position in (0, 1) if node is not None and node.op_type == "Add" else (2,):
         if node is not None and len(node.inputs) > position and _is_row(node.inputs[position], columns, 1):
             return node, position

@@ -250,9 +250,8 @@ class Job:
             self.report.notes.append(f"{trials.resumed} candidates were measured before, and taken from {state}.")
         deadline = time.monotonic() + self.options.time_limit
         glance = self.clock.glance if self.options.bench_seconds > 0 else None
-        estimate = functools.partial(self._estimates, builder)
-        force, bits = self.options.force, self.options.bits_per_weight
-        search = Search(builder, judge, estimate, trials, deadline, self.progress, force, glance, bits)
+        rest = (deadline, self.progress, self.options.force, glance, self.options.bits_per_weight)
+        search = Search(builder, judge, functools.partial(self._estimates, builder), trials, *rest)
         self.report.notes += [*notes_of(builder.order), *(UNFOLLOWED.format(one) for one in builder.unfollowed)]
         return search
 
@@ -274,12 +273,12 @@ class Job:
         self._profiled = True
         self.progress("profiling", 0, 0)
         ratio = search.trials.trials[odd].slowest
-        self.report.notes.append(
-            f"A first choice ran at {ratio:.2f}x: the search went on with the times of its nodes as measured here."
-        )
+        words = "A first choice ran at {:.2f}x: the search went on with the times of its nodes as measured here."
+        self.report.notes.append(words.format(ratio))
         builder.measured.update(details.measured_times(builder, search.get(odd), self.feeds))
         search.relearn(builder.measured)
-        search.deadline = time.monotonic() + self.options.time_limit
+        # With nothing to write there is time for another search, else what is left.
+        search.deadline = max(search.deadline, time.monotonic() + self.options.time_limit * (ratio < 1.0))
         self._run(search)
         return True
 
@@ -290,6 +289,7 @@ class Job:
         except KeyboardInterrupt:
             if not any(search.trials.trials[key].assignment or not self._named for key in search.within()):
                 raise
+            self._profiled = True  # Nothing is searched for any more.
             self.report.notes.append("The search was interrupted: this is the best that it had found.")
 
     # -- words ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """CancelSwaps: what goes by rows is computed the other way round where that saves transposes, with the same numbers."""
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,6 +144,19 @@ def test_outputs_keep_their_types(model_kit):
     given, made = model.graph.outputs[0], after.graph.outputs[0]
     assert (made.name, made.type, made.shape) == (given.name, given.type, given.shape)
     model_kit.same(model, after, tolerance=0)
+
+
+def test_an_output_in_between_keeps_its_shape(model_kit):
+    """What is turned round inside is given away as it was declared."""
+    model = model_kit.text(
+        f"""g (float[a, b, 4] x) => (float[b, a, 4] m, float[a, b, 8] y) <float[b, a, 4] s, float[b, a, 8] t>
+        {{ s = {SWAP} (x) m = Tanh (s) t = MatMul (m, W) y = {SWAP} (t) }}""",
+        W=model_kit.normal(4, 8),
+    )
+    after, modified = changed(model_kit, model)
+    assert modified
+    assert [value.shape for value in after.graph.outputs] == [value.shape for value in model.graph.outputs]
+    onnx.checker.check_model(ir.to_proto(after), full_check=True)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 3])

@@ -160,6 +160,45 @@ def test_refusals(model_kit, body, outputs, why):
     assert [why in reason for reason in one.refused.values()] == [True]
 
 
+@pytest.mark.parametrize("more, centered", [("", True), ("<beta = 2.0>", False), ("<beta = 0.0>", False)])
+def test_a_residual_by_a_gemm(model_kit, more, centered):
+    """Its row makes up for the middles where it is added as it is."""
+    text = f"""g (float[6,16] x) => (float[6,16] y, float[6,32] q)
+        {{ n = LayerNormalization (x, g, b) q = Gemm (n, Q, bq) u = Gemm {more} (x, V, bu) y = Add (n, u) }}"""
+    weights = {**numbers(model_kit), "V": model_kit.normal(WIDTH, WIDTH)}
+    model = model_kit.text(text, **{name: weights[name] for name in ("g", "b", "Q", "bq", "V", "bu")})
+    common.ShapeInferencePass()(model)
+    feeds = model_kit.feeds(model, 12)
+    Survey(load(feeds, inputs_of(model)))(model)
+    after = model.clone()
+    assert Center()(after).modified == centered
+    model_kit.same(model, after, feeds, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (6, 16)])
+def test_biases_of_norms_that_are_broadcast(model_kit, shape):
+    """They are not seen to be rows."""
+    body = "n = LayerNormalization (x, g, p) q0 = MatMul (n, Q) y = Add (q0, bq)"
+    weights = {**numbers(model_kit), "p": np.ones(shape, np.float32)}
+    model, _ = surveyed(model_kit, body, "float[1,6,32] y", **weights)
+    one = Center()
+    assert not one(model).modified
+    assert ["not a constant row" in why for why in one.refused.values()] == [True]
+
+
+def test_one_output_with_a_number_for_a_bias(model_kit):
+    model = model_kit.text(
+        "g (float[6,16] x) => (float[6,1] y) { n = LayerNormalization (x, g, b) y = Gemm (n, P, c) }",
+        g=np.ones(WIDTH, np.float32),
+        b=model_kit.normal(WIDTH),
+        P=model_kit.normal(WIDTH, 1),
+        c=np.array(1, np.float32),
+    )
+    common.ShapeInferencePass()(model)
+    Survey(load(model_kit.feeds(model, 12), inputs_of(model)))(model)
+    assert not Center()(model).modified
+
+
 def test_few_runs_and_little_gain(model_kit):
     """Middles are tested on runs that had no say in them."""
     model, _ = surveyed(model_kit, POST, count=3, **numbers(model_kit))
@@ -178,6 +217,7 @@ def test_a_bias_that_others_have_keeps_its_numbers(model_kit):
     model, feeds = surveyed(model_kit, body, **weights)
     after = model.clone()
     assert Center()(after).modified
+    assert after.graph[0].inputs[2].name == "b_centered" and after.graph[-1].inputs[2].name == "b"
     np.testing.assert_array_equal(after.graph.initializers["b"].const_value.numpy(), weights["b"])
     model_kit.same(model, after, feeds, tolerance=2e-6)
 

@@ -5,8 +5,9 @@ import pytest
 from qgraph.trials import Trial, Trials
 
 
-def trial(saved=0.0, speed=None, strain=2.0, assignment=None, failed=""):
-    made = Trial("t", {"n": "int8"} if assignment is None else assignment, 0.1, strain, 30.0, saved, failed=failed)
+def trial(saved=0.0, speed=None, strain=2.0, assignment=None, failed="", stored=False):
+    given = {"n": "int8"} if assignment is None else assignment
+    made = Trial("t", given, 0.1, strain, 30.0, saved, failed=failed, stored=stored)
     made.speed = {"1": 1.4, "2": 1.1} if speed is None else speed
     return made
 
@@ -20,6 +21,8 @@ def trial(saved=0.0, speed=None, strain=2.0, assignment=None, failed=""):
         ([trial(), trial(strain=0.9, assignment={}, speed={"1": 1.0})], "0"),
         ([trial(saved=1e-6)], None),
         ([trial(speed={"1": 1.4, "2": 0.9})], None),
+        ([trial(speed={"1": 1.02, "2": 1.02})], None),
+        ([trial(stored=True)], None),
         ([trial(speed={})], None),
         ([trial(failed="it cannot be had")], None),
         ([], None),

@@ -142,8 +142,10 @@ def _scale(context: Context) -> list[ir.passes.PassBase]:
     static = next((part for part in context.scheme.parts if part.static), None)
     # Ranges that are saved are those of the model itself.
     saved = context.ranges is not None or context.save_ranges is not None
-    if context.data is None or static is None or saved or static.torch or context.smoothing == "none":
+    if context.data is None or saved or context.smoothing == "none" or context.scheme.torch:
         return []
+    if static is None:
+        return [passes.Center()] if any(part.dynamic for part in context.scheme.parts) else []
     aside = context.smoothing == "aside" and context.scheme.held is None and context.target.sets_aside
     smooth = passes.Smooth(context.target, static, context.smoothing != "folded", aside=aside, dynamic=context.dynamic)
     return [passes.Center(), passes.Equalize(context.target, static), smooth]

@@ -62,8 +62,8 @@ class Builder:
         # Ranges that are saved, or PyTorch's, are those of the model itself.
         self.variants: tuple[str, ...] = VARIANTS if self.calibrated and not saved else ("none",)
         parts = context.scheme.parts
-        if context.data is not None and parts and all(part.activation is None for part in parts):
-            self.variants = ("folded",)  # Of weights alone the error is known without a trial.
+        if context.data is not None and parts and not saved and not any(part.static for part in parts):
+            self.variants = ("folded",)  # What gains there is known without a trial.
         if context.scheme.held is not None:
             self.variants = self.variants[:1]  # Of each variant the codes would be learned anew.
         if not context.target.sets_aside:

@@ -9,6 +9,7 @@ Predictions", 1974).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,21 +51,22 @@ class Apart:
 
     def scaled(self, factor: NDArray[np.floating]) -> Self:
         """The same with each channel divided by its positive factor, [channels]."""
-        low, high, under, over, rows = (
-            np.asarray(part / factor, np.float32) for part in (self.low, self.high, self.under, self.over, self.rows)
-        )
-        return type(self)(low, high, under, over, rows, self.share)
+        return self._each(lambda part: np.asarray(part / factor, np.float32))
 
     def moved(self, by: NDArray[np.floating]) -> Self:
         """The same with a number added to each channel, [channels]."""
-        low, high, under, over, rows = (
-            np.asarray(part + by, np.float32) for part in (self.low, self.high, self.under, self.over, self.rows)
-        )
-        return type(self)(low, high, under, over, rows, self.share)
+        return self._each(lambda part: np.asarray(part + by, np.float32))
 
     def without(self, channels: NDArray[np.intp]) -> Self:
         """The same where these channels, [k], are zero."""
-        low, high, under, over, rows = (part.copy() for part in (self.low, self.high, self.under, self.over, self.rows))
-        for part in (low, high, under, over, rows):
-            part[..., channels] = 0
+
+        def silent(part: Floats) -> Floats:
+            found = part.copy()
+            found[..., channels] = 0
+            return found
+
+        return self._each(silent)
+
+    def _each(self, change: Callable[[Floats], Floats]) -> Self:
+        low, high, under, over, rows = map(change, (self.low, self.high, self.under, self.over, self.rows))
         return type(self)(low, high, under, over, rows, self.share)

@@ -28,14 +28,17 @@ def numbers(kit, away=5.0):
 
 
 def surveyed(kit, body, outputs="float[1,6,16] y, float[1,6,8] k", count=12, given=None, **weights):
-    model = kit.text(
-        f"g (float[1,6,{WIDTH}] x) => ({outputs}) {{ {body} }}",
-        **{name: array for name, array in weights.items() if name in body},
-    )
+    used = {name: array for name, array in weights.items() if name in body}
+    model = kit.text(f"g (float[1,6,{WIDTH}] x) => ({outputs}) {{ {body} }}", **used)
+    return model, ready(kit, model, count, given)
+
+
+def ready(kit, model, count=12, given=None):
+    """Survey a model, in place; the data."""
     common.ShapeInferencePass()(model)
     data = kit.feeds(model, count) if given is None else given
     Survey(load(data, inputs_of(model)))(model)
-    return model, data
+    return data
 
 
 def norm_range(kit, model, feeds):
@@ -97,9 +100,7 @@ def test_gemm(model_kit):
     for more, centered in (("", True), (", alpha = 0.5", False), (", beta = 2.0", False)):
         used = {name: weights[name] for name in ("g", "b", "Q", "bq")}
         model = model_kit.text(text.format(more=more), **used)
-        common.ShapeInferencePass()(model)
-        feeds = model_kit.feeds(model, 12)
-        Survey(load(feeds, inputs_of(model)))(model)
+        feeds = ready(model_kit, model)
         after = model.clone()
         assert Center()(after).modified == centered
         model_kit.same(model, after, feeds, tolerance=2e-6)
@@ -167,9 +168,7 @@ def test_a_residual_by_a_gemm(model_kit, more, centered):
         {{ n = LayerNormalization (x, g, b) q = Gemm (n, Q, bq) u = Gemm {more} (x, V, bu) y = Add (n, u) }}"""
     weights = {**numbers(model_kit), "V": model_kit.normal(WIDTH, WIDTH)}
     model = model_kit.text(text, **{name: weights[name] for name in ("g", "b", "Q", "bq", "V", "bu")})
-    common.ShapeInferencePass()(model)
-    feeds = model_kit.feeds(model, 12)
-    Survey(load(feeds, inputs_of(model)))(model)
+    feeds = ready(model_kit, model)
     after = model.clone()
     assert Center()(after).modified == centered
     model_kit.same(model, after, feeds, tolerance=2e-6)
@@ -194,8 +193,7 @@ def test_one_output_with_a_number_for_a_bias(model_kit):
         P=model_kit.normal(WIDTH, 1),
         c=np.array(1, np.float32),
     )
-    common.ShapeInferencePass()(model)
-    Survey(load(model_kit.feeds(model, 12), inputs_of(model)))(model)
+    ready(model_kit, model)
     assert not Center()(model).modified
 
 

@@ -123,9 +123,9 @@ class _Writer:
         """`value` the other way round."""
         if graph.has_constant(value):
             name, shape = graph.fresh_name(f"{value.name}_swapped", self._names), graph.run_shape(value)
-            assert value.dtype is not None and shape is not None
+            assert shape is not None
             turned = tuple(shape[axis] for axis in SWAP)
-            return weights.derived(self._main, value, lambda a: a.transpose(SWAP), value.dtype, turned, name)
+            return weights.moved(self._main, value, lambda array: array.transpose(SWAP), turned, name)
         name = graph.fresh_name(f"{value.name}_swap", self._names)
         node = ir.Node("", "Transpose", [value], [ir.AttrInt64s("perm", SWAP)], name=name)
         made = node.outputs[0]

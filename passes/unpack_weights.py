@@ -16,10 +16,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
-from qgraph import graph, widened
+from qgraph import graph, weights
 from qgraph.heads import is_default
 
 __all__ = ["UnpackWeights"]
+
+
+_SINCE = 13
+"""Before this opset their arguments are attributes."""
+_PARTS = ("Gather", "Slice", "Split", "Transpose")
+_SHAPED = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +35,6 @@ class _Part:
     read: Callable[[NDArray[Any]], NDArray[Any]]
     shape: tuple[int, ...]
     key: str
-
-
-_SINCE = 13
-_PARTS = ("Gather", "Slice", "Split", "Transpose")
-_SHAPED = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 
 class UnpackWeights(ir.passes.InPlacePass):
@@ -46,7 +47,6 @@ class UnpackWeights(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         main = model.graph
-        # Before opset 13 their arguments are attributes.
         if model.graph.opset_imports.get("", 0) < _SINCE:
             return ir.passes.PassResult(model, False)
         names, refused = graph.value_names(main), set[ir.Value]()
@@ -86,27 +86,10 @@ class UnpackWeights(ir.passes.InPlacePass):
                 name, output.name = output.name or "", None
                 if part.key not in known:
                     name = name or graph.fresh_name(f"{source.name}_part", names)
-                    known[part.key] = _constant(main, source, part, name)
+                    known[part.key] = weights.moved(main, source, part.read, part.shape, name)
                 output.replace_all_uses_with(known[part.key])
             main.remove(user, safe=True)
         return True
-
-
-def _constant(main: ir.Graph, source: ir.Value, part: _Part, name: str) -> ir.Value:
-    """A new constant, read from `source` when it is needed; of what is stored in 16 bits, a view, too."""
-    tensor = source.const_value
-    assert tensor is not None
-    stored = widened.source(tensor)
-
-    def evaluate() -> ir.TensorProtocol:
-        array = part.read(stored.numpy())
-        widened.release(stored)
-        return ir.Tensor(array, dtype=stored.dtype, name=name)
-
-    lazy = ir.LazyTensor(evaluate, stored.dtype, ir.Shape(part.shape), name=name)
-    made = graph.add_initializer(main, lazy if stored is tensor else widened.Widened(lazy), name)
-    made.type = source.type
-    return made
 
 
 def _parts(node: ir.Node, shape: tuple[int, ...]) -> list[_Part]:

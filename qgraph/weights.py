@@ -13,7 +13,7 @@ from qgraph import graph, widened
 from qgraph.errors import QuantizationError
 from qgraph.strips import Strips
 
-__all__ = ["Shared", "derived", "flat", "is_product"]
+__all__ = ["Shared", "derived", "flat", "is_product", "moved"]
 
 _FLAT = "qgraph.flat"
 _T = TypeVar("_T")
@@ -55,6 +55,37 @@ def derived(
         return ir.Tensor(made, dtype=dtype, name=name)
 
     return graph.add_initializer(main, ir.LazyTensor(evaluate, dtype, ir.Shape(shape), name=name), name)
+
+
+def moved(
+    main: ir.Graph,
+    weight: ir.Value,
+    function: Callable[[NDArray[Any]], NDArray[Any]],
+    shape: tuple[int, ...],
+    name: str,
+) -> ir.Value:
+    """A new constant `name` of `main`: numbers of the constant `weight`, chosen and put in order, as they are stored.
+
+    Args:
+        main: where it is registered.
+        weight: a constant; of what is a view of 16 bits, the new one is a view, too.
+        function: array of `weight` -> array of `shape`, which makes no new numbers.
+        shape: of the result.
+        name: must be free.
+    """
+    tensor = weight.const_value
+    assert tensor is not None
+    stored = widened.source(tensor)
+
+    def evaluate() -> ir.TensorProtocol:
+        array = function(stored.numpy())
+        widened.release(stored)
+        return ir.Tensor(array, dtype=stored.dtype, name=name)
+
+    lazy = ir.LazyTensor(evaluate, stored.dtype, ir.Shape(shape), name=name)
+    made = graph.add_initializer(main, lazy if stored is tensor else widened.Widened(lazy), name)
+    made.type = weight.type
+    return made
 
 
 def flat(main: ir.Graph, row: ir.Value, names: set[str]) -> ir.Value:

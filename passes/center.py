@@ -30,6 +30,7 @@ _BIAS = {("", "LayerNormalization"): 2, ("com.microsoft", "SkipLayerNormalizatio
 _RUNS = 4
 """Runs below which the middle of a channel is not known."""
 _ROWS = 256
+"""Outputs of a weight that are multiplied in float64 at once."""
 
 Floats = NDArray[np.float32]
 Middles = NDArray[np.float64]

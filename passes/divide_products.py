@@ -85,7 +85,7 @@ def _division(node: ir.Node) -> _Division | None:
     chain: list[ir.Node] = []
     value, factors, order = node.outputs[0], tuple(shape[1:]), list[int]()
     for kind in ("Add", "Reshape", "Transpose"):
-        step = _only_reader(value)
+        step = graph.only_reader(value)
         if step is None or not graph.is_standard(step, kind):
             continue
         before, after = graph.run_shape(value), graph.run_shape(step.outputs[0])
@@ -110,11 +110,6 @@ def _division(node: ir.Node) -> _Division | None:
         return None
     lead = len(final) - len(factors)
     return _taken_apart(node, chain, value, factors, lead, order or list(range(len(final))))
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    users = value.consumers()
-    return users[0] if len(users) == 1 and not value.is_graph_output() and users[0].graph is value.graph else None
 
 
 def _is_row(step: ir.Node, value: ir.Value, columns: int) -> bool:

@@ -71,11 +71,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
 
 
 def only_reader(value: ir.Value, *op_types: str) -> ir.Node | None:
-    """What alone reads `value`, once, in the same graph, when it is one of these standard operators; else None."""
+    """What alone reads `value`, once, in the same graph, when it is one of these standard operators, any for none."""
     users = [user for user, _ in value.uses()]
     if len(users) != 1 or value.is_graph_output() or users[0].graph is not value.graph:
         return None
-    return users[0] if is_standard(users[0], *op_types) else None
+    return users[0] if not op_types or is_standard(users[0], *op_types) else None
 
 
 def has_constant(value: ir.Value | None) -> bool:

@@ -95,9 +95,8 @@ class Layout:
             return node
 
         for first in list(leader):
-            for value, _ in self._reads(first):
-                maker = self._maker(value)
-                if maker is not None and value in _values(self._part[first]):
+            for value in _values(self._part[first]):
+                if (maker := self._maker(value)) is not None:
                     leader[find(first)] = find(maker)
         groups: dict[ir.Node, list[Rows]] = {}
         for first in leader:
@@ -108,13 +107,6 @@ class Layout:
         """The first node of the part that makes `value`."""
         node = value.producer()
         return self._part[node].nodes[0] if node is not None and node in self._part else None
-
-    def _reads(self, first: ir.Node) -> Iterable[tuple[ir.Value, bool]]:
-        """What a part reads, before swaps, and whether they leave it the other way round."""
-        return [origin(value) for value in _values(self._part[first])]
-
-    def _is_turned(self, node: ir.Node | None) -> bool:
-        return node is not None and self._group[node] in self.turned
 
     def users(self, value: ir.Value) -> Iterable[tuple[ir.Node | ir.Value, int, bool]]:
         """Who reads a value that no swap makes: node, position, and whether swaps in between turn it round.
@@ -134,14 +126,22 @@ class Layout:
 
     def needs(self, value: ir.Value, user: ir.Node | ir.Value, at: int, odd: bool) -> bool:
         """Whether this reader needs the other order of axes than the value will have."""
+        return odd ^ (self._reading(user, at) in self.turned) ^ (self._making(value) in self.turned)
+
+    def _making(self, value: ir.Value) -> int | None:
+        """The group that makes a value; None for what is never turned round."""
+        maker = self._maker(value)
+        return None if maker is None else self._group[maker]
+
+    def _reading(self, user: ir.Node | ir.Value, at: int) -> int | None:
+        """The group that reads there by rows; None for what is never turned round."""
         part = self._part.get(user) if isinstance(user, ir.Node) else None
         by_rows = part is not None and user is part.nodes[0] and at in part.inputs
-        turned = by_rows and part is not None and self._is_turned(part.nodes[0])
-        return odd ^ turned ^ self._is_turned(self._maker(value))
+        return self._group[part.nodes[0]] if by_rows and part is not None else None
 
     def settle(self) -> bool:
         """Turn groups round; whether any was."""
-        tallies = [_Tally(value, self._group_of(self._maker(value)), self._readers(value)) for value in self.origins()]
+        tallies = [_Tally(value, self._making(value), self._readers(value)) for value in self.origins()]
         touched: list[list[_Tally]] = [[] for _ in self.groups]
         for tally in tallies:
             for number in {tally.maker, *tally.readers}:
@@ -169,21 +169,16 @@ class Layout:
 
     def origins(self) -> dict[ir.Value, None]:
         """What may have to be transposed: what goes through swaps, and what parts read and make."""
-        swapped = [origin(node.outputs[0])[0] for node in self._main if is_swap(node)]
-        read = [value for first in self._group for value, _ in self._reads(first)]
+        swapped = [_origin(node.outputs[0]) for node in self._main if is_swap(node)]
+        read = [_origin(value) for first in self._group for value in _values(self._part[first])]
         made = [output for first in self._group for output in self._part[first].nodes[-1].outputs]
         return dict.fromkeys((*swapped, *read, *made))
-
-    def _group_of(self, node: ir.Node | None) -> int | None:
-        return None if node is None else self._group[node]
 
     def _readers(self, value: ir.Value) -> Iterator[tuple[int | None, bool]]:
         """The group of each reader that may need the other order, and whether swaps turn the value round for it."""
         for user, at, odd in self.users(value):
             if not asks_whole(user):
-                part = self._part.get(user) if isinstance(user, ir.Node) else None
-                by_rows = part is not None and user is part.nodes[0] and at in part.inputs
-                yield self._group[part.nodes[0]] if by_rows and part is not None else None, odd
+                yield self._reading(user, at), odd
 
 
 def _values(part: Rows) -> list[ir.Value]:
@@ -191,9 +186,8 @@ def _values(part: Rows) -> list[ir.Value]:
     return [value for value in given if value is not None]
 
 
-def origin(value: ir.Value) -> tuple[ir.Value, bool]:
-    """`value` before swaps, and whether they leave it the other way round."""
-    odd = False
+def _origin(value: ir.Value) -> ir.Value:
+    """`value` before swaps."""
     while (node := value.producer()) is not None and is_swap(node) and node.inputs[0] is not None:
-        value, odd = node.inputs[0], not odd
-    return value, odd
+        value = node.inputs[0]
+    return value

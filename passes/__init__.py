@@ -35,6 +35,7 @@ from qgraph.passes.insert_rows import InsertRows
 from qgraph.passes.insert_stored import InsertStored
 from qgraph.passes.join_bias import JoinBias
 from qgraph.passes.join_products import JoinProducts
+from qgraph.passes.lift_heads import LiftHeads
 from qgraph.passes.mask_rows import MaskRows
 from qgraph.passes.mean_sums import MeanSums
 from qgraph.passes.measure_shapes import MeasureShapes
@@ -101,6 +102,7 @@ __all__ = [
     "InsertStored",
     "JoinBias",
     "JoinProducts",
+    "LiftHeads",
     "MaskRows",
     "MeanSums",
     "MeasureShapes",

@@ -120,7 +120,8 @@ def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int, any
     if far == 0 or value.is_graph_output() or not value.consumers():
         return False
     known[value] = all(
-        graph.is_standard(node, "Softmax")
+        graph.is_standard(node, "Softmax", "Shape")
+        or _asks_whether(node)
         or (
             (graph.is_standard(node, *_MOVERS, *_SUMS) or _switches(node, value, any_factor))
             and all(_ends_in_softmax(one, known, far - 1, any_factor) for one in node.outputs)
@@ -130,10 +131,15 @@ def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int, any
     return known[value]
 
 
+def _asks_whether(node: ir.Node) -> bool:
+    """Whether `node` only asks what is not 0; what is bounded is not, as before."""
+    return graph.is_standard(node, "Cast") and node.attributes.get_int("to", 0) == ir.DataType.BOOL
+
+
 def _switches(node: ir.Node, value: ir.Value, any_factor: bool) -> bool:
-    """Whether `node` multiplies `value` by what is 0 or 1, or by anything where that will do."""
-    if any_factor and graph.is_standard(node, "Mul"):
-        return True  # Next to the lowest number, no factor makes the little less of it count.
+    """Whether `node` multiplies `value` by what is 0 or 1; or by anything, or bounds it, where that will do."""
+    if any_factor and graph.is_standard(node, "Mul", "Max"):
+        return True  # Next to the lowest number, no factor and no score makes the little less of it count.
     if not graph.is_standard(node, "Mul"):
         return False
     others = [one for one in node.inputs if one is not value]

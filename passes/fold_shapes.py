@@ -58,7 +58,25 @@ def _rewrite(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
         return _settle(main, node, names)
     if graph.is_standard(node, "Gather", "Slice"):
         return _known_dimension(main, node, names)
-    return graph.is_standard(node, "Where") and _skip_choice(node)
+    if graph.is_standard(node, "Range"):
+        return _named_range(node)
+    return graph.is_standard(node, "Where") and _skip_choice(main, node, names)
+
+
+def _named_range(node: ir.Node) -> bool:
+    """Give 0, 1, .. up to a dimension the name of that; the library's inference leaves it without."""
+    start, limit, step = node.inputs
+    told, out = elements(limit), node.outputs[0]
+    if graph.constant_scalar(start) != 0 or graph.constant_scalar(step) != 1 or not told or isinstance(told[0], int):
+        return False
+    value, axis = told[0]
+    dim = value.shape[axis] if value.shape is not None else None
+    if dim is None or not graph.is_named(dim):
+        return False
+    if out.shape is not None and (len(out.shape) != 1 or graph.is_named(out.shape[0])):
+        return False
+    out.shape = ir.Shape([dim])
+    return True
 
 
 def _known_dimension(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
@@ -125,7 +143,7 @@ def _settle(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
 
 
 def _missing_dimension(before: ir.Shape, after: ir.Shape) -> ir.Shape | None:
-    """The shape after a Reshape with its only unknown dimension, where a division of all elements gives it."""
+    """The shape after a Reshape with its only unknown dimension, where all others leave a number or a name for it."""
     if any(not isinstance(dim, int) and dim.value is None for dim in before):
         return None
     unnamed = [i for i, dim in enumerate(after) if not isinstance(dim, int) and dim not in list(before)]
@@ -135,22 +153,48 @@ def _missing_dimension(before: ir.Shape, after: ir.Shape) -> ir.Shape | None:
     left.subtract(str(dim) for i, dim in enumerate(after) if not isinstance(dim, int) and i not in unnamed)
     total = int(np.prod([dim for dim in before if isinstance(dim, int)], dtype=np.int64))
     kept = int(np.prod([dim for dim in after if isinstance(dim, int)], dtype=np.int64))
-    if any(left.values()) or kept == 0 or total % kept:
+    if kept == 0 or total % kept or min(left.values(), default=0) < 0:
         return None
-    return ir.Shape([total // kept if i in unnamed else dim for i, dim in enumerate(after)])
+    names = [*left.elements()]
+    if not names:
+        missing: int | ir.SymbolicDim = total // kept
+    elif len(names) == 1 and total == kept and not graph.is_named(after[unnamed[0]]):
+        missing = next(dim for dim in before if str(dim) == names[0])
+        if not graph.is_named(missing):
+            return None
+    else:
+        return None
+    return ir.Shape([missing if i in unnamed else dim for i, dim in enumerate(after)])
 
 
-def _skip_choice(node: ir.Node) -> bool:
-    """Where(dims == -1, ones, dims) -> dims, where none can be -1: how torch's exporter writes a broadcast's shape."""
+def _skip_choice(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
+    """Where(dims == -1, ones, dims) -> dims, 1 where it is -1: how torch's exporter writes a broadcast's shape."""
     test = graph.producer(node.inputs[0], "Equal")
-    dims = node.inputs[2]
+    dims, ones = node.inputs[2], graph.constant(node.inputs[1])
     if test is None or dims is None or dims not in test.inputs or node.outputs[0].is_graph_output():
         return False
     other = test.inputs[1] if test.inputs[0] is dims else test.inputs[0]
     number = graph.constant(other)
-    if number is None or number.size == 0 or not np.all(number == -1) or not natural(dims):
+    if number is None or number.size == 0 or not np.all(number == -1):
         return False
-    ir.convenience.replace_all_uses_with(node.outputs[0], dims)
+    if dims.shape is None or dims.shape != node.outputs[0].shape:
+        return False
+    if natural(dims):
+        ir.convenience.replace_all_uses_with(node.outputs[0], dims)
+        return True
+    joined = graph.producer(dims, "Concat")
+    parts = list(joined.inputs) if joined is not None else []
+    if ones is None or not np.all(ones == 1) or not all(graph.has_constant(one) or natural(one) for one in parts):
+        return False
+    again: list[ir.Value | None] = []
+    for part in parts:
+        array = graph.constant(part)
+        if array is not None and np.any(array == -1):
+            name = graph.fresh_name(f"{dims.name}_ones", names)
+            part = graph.add_initializer(main, ir.tensor(np.where(array == -1, 1, array)), name)
+        again.append(part)
+    made = ir.Node("", "Concat", again, [ir.AttrInt64("axis", 0)])
+    graph.replace_node(main, node, made)
     return True
 
 

@@ -21,6 +21,7 @@ from qgraph.targets import Target
 __all__ = ["FuseAttention"]
 
 _Dim = int | ir.SymbolicDim
+_READ = "its weights are read elsewhere, which the operator does not give away"
 _OTHER = "it is in a form that is not followed: heads beside a cache, turned or in groups, say"
 
 
@@ -65,13 +66,11 @@ class FuseAttention(ir.passes.InPlacePass):
 def _found(node: ir.Node) -> Attention | str | None:
     """The attention around a Softmax; why it stays in parts; None where there is none."""
     one = find(node)
-    if one is None:
-        return (
-            "it is in a form that is not followed: heads beside a cache, turned or in groups, say"
-            if between(node)
-            else None
-        )
-    return _obstacle(one) or one
+    if one is not None:
+        return _obstacle(one) or one
+    if not between(node):
+        return None
+    return _OTHER if graph.only_reader(node.outputs[0]) is not None else _READ
 
 
 def _raised(model: ir.Model, opset: int) -> bool:
@@ -87,8 +86,7 @@ def _obstacle(one: Attention) -> str | None:
     queries, keys, values = one.queries.shape, one.keys.shape, one.values.shape
     if queries is None or keys is None or values is None:
         return "the sizes of queries, keys or values are not known"
-    batches = graph.same_size(queries[0], keys[0]) and graph.same_size(keys[0], values[0])
-    if not batches or not graph.same_size(keys[1], values[1]):
+    if not one.one_batch or not graph.same_size(keys[1], values[1]):
         return "queries, keys and values are not seen to have one batch, and a value for each key"
     whole = (queries[0], one.heads, queries[1], keys[1])
     for mask in one.masks:
@@ -98,7 +96,7 @@ def _obstacle(one: Attention) -> str | None:
     # computed from sizes is 0 where there is nothing at all.
     target, told = graph.constant(one.joined.inputs[1]), sizes.elements(one.joined.inputs[1])
     if target is None:
-        fine = _joins(one) or (told is not None and None not in told and 0 not in told)
+        fine = _joins(one) or (told is not None and 0 not in told)
     else:
         fine = 0 not in target[2:] and (0 not in target or one.joined.attributes.get_int("allowzero", 0) == 0)
     return None if fine else "the heads are not seen to be joined behind it"
@@ -141,7 +139,7 @@ class _Writer:
     def replace(self, one: Attention) -> None:
         """Write `one` as an operator in the place of its last product."""
         base = one.product.name or one.product.outputs[0].name or "product"
-        mask = self._full(one, self._sum(one, one.masks)) if one.masks else None
+        mask = self._full(one, self._bounded(one, self._sum(one, one.masks))) if one.masks else None
         attributes: list[ir.Attr] = [
             ir.AttrInt64("q_num_heads", one.heads),
             ir.AttrInt64("kv_num_heads", one.heads),
@@ -186,6 +184,16 @@ class _Writer:
             self._masks[key].type = first.type
             self._masks[key].shape = _broadcast(first.shape, second.shape)
         return self._masks.get(key, key[0])
+
+    def _bounded(self, one: Attention, mask: ir.Value) -> ir.Value:
+        """The mask, brought up to the floor: with what is below all scores the sum of both is the mask."""
+        if one.floor is None:
+            return mask
+        key = (mask, graph.constant_scalar(one.floor))
+        if key not in self._masks:
+            self._masks[key] = self._size(one, ir.Node("", "Max", [mask, one.floor]), f"{mask.name}_bounded")
+            self._masks[key].type, self._masks[key].shape = mask.type, mask.shape
+        return self._masks[key]
 
     def _full(self, one: Attention, mask: ir.Value) -> ir.Value:
         """The mask with a row for each query and a column for each key, which is how the operator wants it."""

@@ -33,6 +33,7 @@ def rewrite(context: Context) -> list[ir.passes.PassBase]:
         passes.TieHead(context.target),
         passes.FoldShapes(),
         passes.GroupHeads(),
+        passes.LiftHeads(context.target),
         passes.PlainHeads(context.target),
         passes.CancelSwaps(),
         passes.MaskRows(),

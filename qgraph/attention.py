@@ -7,21 +7,25 @@ into heads (Reshape), bring the heads to the front (Transpose), and undo both be
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.heads import FRONT, TURNED, Heads, ended, factor, split
+from qgraph.heads import FRONT, TURNED, Heads, alone, ended, factor, split
 
 __all__ = ["Attention", "between", "find", "likely", "within"]
 
 _Dim = int | ir.SymbolicDim
 
-_BETWEEN = ("Add", "Cast", "Div", "Identity", "Mul", "Reshape", "Sub", "Sum", "Where")
+_BETWEEN = ("Add", "Cast", "Div", "Identity", "Max", "Mul", "Reshape", "Sub", "Sum", "Where")
 _MASKS = 2
-_DEPTH = 6
+_CUT = re.compile(r"Min\((?:[2-9]|\d\d+), (.+)\)")
+_BEYOND = -1e30
+"""Whatever is added to numbers below this, it leaves them in float32 as they are, as long as it is a score."""
+_DEPTH = 8
 """Operators between Softmax and the products around it, at most."""
 
 
@@ -31,7 +35,9 @@ class Attention:
 
     Attributes:
         queries, keys, values: [batch, positions, heads x channels of a head].
+        one_batch: whether these three are seen to be of one batch.
         masks: what is added to the scores, last first, of shapes that broadcast to [batch, heads, queries, keys].
+        floor: a constant of one number, below all scores, that scores are brought up to behind the masks, or None.
         heads: how many, the same number for queries, keys and values.
         scale: what the scores are multiplied by, positive.
         product: the last product.
@@ -43,7 +49,9 @@ class Attention:
     queries: ir.Value
     keys: ir.Value
     values: ir.Value
+    one_batch: bool
     masks: tuple[ir.Value, ...]
+    floor: ir.Value | None
     heads: int
     scale: float
     product: ir.Node
@@ -88,6 +96,7 @@ def find(softmax: ir.Node) -> Attention | None:
     values, scores = split(product.inputs[1], FRONT), softmax.inputs[0]
     if values is None or values.scale != 1 or scores is None:
         return None
+    scores, bounding = _unbounded(scores)
     for raw, masks, adds in _unmasked(scores):
         read = _scores(raw)
         if read is None:
@@ -98,9 +107,16 @@ def find(softmax: ir.Node) -> Attention | None:
         fits = queries.count == keys.count == values.count and np.float32(scale) > 0 and np.isfinite(np.float32(scale))
         if end is not None and fits:
             sources = (queries.source, keys.source, values.source)
-            nodes = (product, softmax, *adds, *inner)
-            return Attention(*sources, masks, values.count, scale, product, *end, nodes)
+            floor = None if bounding is None else next(one for one in bounding.inputs if one is not scores)
+            nodes = (product, softmax, *([] if bounding is None else [bounding]), *adds, *inner)
+            alike = _alike(queries, keys) and _alike(keys, values)
+            return Attention(*sources, alike, masks, floor, values.count, scale, product, *end, nodes)
     return None
+
+
+def _alike(one: Heads, other: Heads) -> bool:
+    """Whether both are seen to be of one batch."""
+    return any(graph.same_size(left, right) for left in one.batch for right in other.batch)
 
 
 def _unmasked(scores: ir.Value) -> Iterator[tuple[ir.Value, tuple[ir.Value, ...], tuple[ir.Node, ...]]]:
@@ -117,14 +133,24 @@ def _unmasked(scores: ir.Value) -> Iterator[tuple[ir.Value, tuple[ir.Value, ...]
                 pending.append((raw, (*masks, mask), (*adds, add)))
 
 
+def _unbounded(scores: ir.Value) -> tuple[ir.Value, ir.Node | None]:
+    """Scores before a Max kept them from where no score is, and that Max."""
+    node = _maker(scores, "Max")
+    for value, other in () if node is None or len(node.inputs) != 2 else (node.inputs[:], node.inputs[::-1]):
+        number = graph.constant_scalar(other)
+        if value is not None and number is not None and number <= _BEYOND and alone(other):
+            return value, node
+    return scores, None
+
+
 def _is_softmax(node: ir.Node, result: ir.Value | None) -> bool:
     """Softmax over the last axis; of rank 4 and in float32 where its `result` is given."""
     if not graph.is_standard(node, "Softmax"):
         return False
-    axis = node.attributes.get_int("axis", -1)
-    if result is None:
-        return axis in (-1, 3)
-    return axis in (-1, 3) and graph.is_float(result) and result.shape is not None and len(result.shape) == 4
+    axis, shape = node.attributes.get_int("axis", -1), node.outputs[0].shape
+    if axis != -1 and axis not in ((2, 3) if shape is None else (len(shape) - 1,)):
+        return False
+    return result is None or (graph.is_float(result) and shape is not None and len(shape) == 4)
 
 
 def _maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
@@ -133,7 +159,7 @@ def _maker(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     return node if value is not None and node is not None and graph.only_reader(value, *_ANY) is not None else None
 
 
-_ANY = ("Add", "Div", "MatMul", "Mul", "Softmax", "Sum")
+_ANY = ("Add", "Div", "MatMul", "Max", "Mul", "Softmax", "Sum")
 
 
 def _scores(value: ir.Value | None) -> tuple[Heads, Heads, list[ir.Node], float] | None:
@@ -169,10 +195,9 @@ def _fits(dim: _Dim, size: _Dim) -> bool:
     """Whether a mask's dimension is seen to be 1 or `size`, or has no name to tell it by and cannot well be another."""
     if dim == 1 or graph.same_size(dim, size):
         return True
+    # A longer one adds to none of these scores: what a mask of so many at most is cut to, as torch's exporter calls it.
+    if not isinstance(dim, int) and (found := _CUT.fullmatch(str(dim.value))) and found[1] == str(size):
+        return True
     if isinstance(dim, int) or size == 1:
         return False
-    return isinstance(size, int) or not (_is_named(dim) and _is_named(size))
-
-
-def _is_named(dim: ir.SymbolicDim) -> bool:
-    return dim.value is not None and not str(dim.value).startswith(graph.UNKNOWN)
+    return isinstance(size, int) or not (graph.is_named(dim) and graph.is_named(size))

@@ -7,13 +7,14 @@ and Reliable Tensor Manipulations with Einstein-like Notation", 2022, section 4)
 from __future__ import annotations
 
 import dataclasses
+from math import prod
 from typing import TypeAlias
 
 import onnx_ir as ir
 
 from qgraph import graph, sizes
 
-__all__ = ["Atom", "Moved", "trace"]
+__all__ = ["Atom", "Axes", "Moved", "moved_on", "trace"]
 
 _MOVES = ("Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _FAR = 12
@@ -26,17 +27,23 @@ class Atom:
 
     Attributes:
         size: its length, or the name of it.
+        names: others that its length is seen to have.
         parts: what it was taken apart into, in order; empty while it is whole.
         index: the one place along it that was chosen; None where all are there.
     """
 
     size: int | ir.SymbolicDim
+    names: list[ir.SymbolicDim] = dataclasses.field(default_factory=list)
     parts: list[Atom] = dataclasses.field(default_factory=list)
     index: int | None = None
 
     def whole(self) -> list[Atom]:
         """The atoms that it consists of, itself if it is one."""
         return [atom for part in self.parts for atom in part.whole()] if self.parts else [self]
+
+    def goes_by(self, dim: int | ir.SymbolicDim) -> bool:
+        """Whether its length is seen to be `dim`."""
+        return any(graph.same_size(one, dim) for one in (self.size, *self.names))
 
     def cut(self, size: int) -> tuple[Atom, Atom] | None:
         """Outer part and inner one of this length, if it divides."""
@@ -85,6 +92,14 @@ def trace(value: ir.Value | None, rank: int) -> Moved | None:
     return None
 
 
+def moved_on(node: ir.Node, axes: Axes) -> Axes | None:
+    """The axes behind a node that only moves what has these; None where that is not seen."""
+    if not graph.is_standard(node, *_MOVES):
+        return None
+    made = _through(node, axes, {})
+    return None if made is None else _settled(made)
+
+
 def _along(nodes: list[ir.Node], source: ir.Value, before: Axes) -> Axes | None:
     """The axes behind a chain of nodes; None where one is not seen to keep the elements in a known place."""
     axes, seen = before, {source: before}
@@ -101,13 +116,20 @@ def _settled(axes: Axes) -> Axes:
 
 
 def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | None:
-    """The axes behind one node."""
-    axes = _settled(axes)
+    """The axes behind one node, which may know their lengths by more names."""
+    made, shape = _moved(node, _settled(axes), seen), node.outputs[0].shape
+    for axis, dim in zip(made or [], shape or [], strict=False):
+        if len(axis) == 1 and not isinstance(dim, int) and not axis[0].goes_by(dim):
+            axis[0].names.append(dim)
+    return made
+
+
+def _moved(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | None:
     if node.op_type == "Transpose":
         order = node.attributes.get_ints("perm", range(len(axes))[::-1])
         return [axes[axis] for axis in order]
     if node.op_type == "Reshape":
-        dims = _dims(node, seen)
+        dims = _dims(node, axes, seen)
         return None if dims is None else _regroup([atom for axis in axes for atom in axis], dims)
     if node.op_type == "Gather":
         axis, index = node.attributes.get_int("axis", 0) % len(axes), graph.constant(node.inputs[1])
@@ -130,29 +152,45 @@ def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | No
     return [[] if place in places else next(rest) for place in range(rank)]
 
 
-_Dim: TypeAlias = "int | ir.SymbolicDim | Atom | None"
+_Dim: TypeAlias = "list[int | ir.SymbolicDim | Atom]"
+"""What the length of an axis is the product of; nothing where it is 1."""
 
 
-def _dims(node: ir.Node, seen: dict[ir.Value, Axes]) -> list[_Dim] | None:
-    """What a Reshape makes: numbers, names, and atoms where the shape is computed from those that are known."""
-    shape, told = node.outputs[0].shape, sizes.elements(node.inputs[1])
+def _dims(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> list[_Dim | None] | None:
+    """The lengths that a Reshape makes, as far as its shape and the arithmetic of shapes tell."""
+    shape, told = node.outputs[0].shape, sizes.factors(node.inputs[1])
     if shape is None and told is None:
         return None
     rank = len(shape) if shape is not None else len(told or ())
-    dims: list[_Dim] = []
-    for axis in range(rank):
-        number = told[axis] if told is not None and len(told) == rank else None
-        if isinstance(number, tuple):
-            atoms = seen.get(number[0], [[]] * (number[1] + 1))[number[1]]
-            if len(atoms) == 1 and not isinstance(atoms[0].size, int):
-                dims.append(atoms[0])
-                continue
-        known = number if isinstance(number, int) and number > 0 else None
-        dims.append(known if shape is None else shape[axis])
+    if told is None or len(told) != rank:
+        told = [(-1,)] * rank
+    copies = node.attributes.get_int("allowzero", 0) == 0
+    dims: list[_Dim | None] = []
+    for axis, product in enumerate(told):
+        known = shape[axis] if shape is not None else None
+        if product == (0,) and copies and axis < len(axes):
+            dims.append([*axes[axis]])
+        elif isinstance(known, int):
+            dims.append([known])
+        elif isinstance(product[0], int) and product[0] < 1:
+            dims.append(None if known is None else [known])
+        else:
+            dims.append([one for size in product for one in _lengths(size, seen)])
     return dims
 
 
-def _regroup(atoms: list[Atom], dims: list[_Dim]) -> Axes | None:
+def _lengths(size: sizes.Size, seen: dict[ir.Value, Axes]) -> _Dim:
+    """The atoms of an axis that was seen; else its number or name."""
+    if isinstance(size, int):
+        return [size]
+    value, axis = size
+    if value in seen:
+        return [one for atom in seen[value][axis] for one in atom.whole()]
+    assert value.shape is not None
+    return [value.shape[axis]]
+
+
+def _regroup(atoms: list[Atom], dims: list[_Dim | None]) -> Axes | None:
     """Atoms in the axes that they are reshaped to; at most one axis is what is left between the others."""
     front: Axes = []
     while len(front) < len(dims) and (taken := _take(atoms, dims[len(front)], 0)) is not None:
@@ -166,33 +204,41 @@ def _regroup(atoms: list[Atom], dims: list[_Dim]) -> Axes | None:
     return [*front, *([atoms] if left else []), *back]
 
 
-def _take(atoms: list[Atom], dim: _Dim, end: int) -> list[Atom] | None:
+def _take(atoms: list[Atom], dim: _Dim | None, end: int) -> list[Atom] | None:
     """The atoms that make up `dim`, taken from this end of the list; None, with the list as it was, if none do."""
-    if not isinstance(dim, int):
-        found = bool(atoms) and (atoms[end] is dim or _same(atoms[end].size, dim))
-        return [atoms.pop(end)] if found else None
-    if dim == 0:
+    if dim is None:
+        return None
+    lengths = [one.size if isinstance(one, Atom) and isinstance(one.size, int) else one for one in dim]
+    rest = prod(one for one in lengths if isinstance(one, int))
+    names = [one for one in lengths if not isinstance(one, int)]
+    if rest == 0:
         return None
     taken: list[Atom] = []
-    rest, kept = dim, list(atoms)
-    while rest > 1:
-        size = kept[end].size if kept else None
-        if not isinstance(size, int):
+    kept = list(atoms)
+    while rest > 1 or names:
+        if not kept:
             return None
-        if rest % size == 0:
+        size = kept[end].size
+        if not isinstance(size, int):
+            found = next((one for one in names if one is kept[end] or _same(kept[end], one)), None)
+            if found is None:
+                return None
+            names.remove(found)
+            taken.append(kept.pop(end))
+        elif rest % size == 0:
             taken.append(kept.pop(end))
             rest //= size
-            continue
-        pair = kept[end].cut(size // rest if end == 0 else rest) if size % rest == 0 else None
-        if pair is None:
-            return None
-        at = end % len(kept)
-        kept[at : at + 1] = pair
-        taken.append(kept.pop(end))
-        rest = 1
+        else:
+            pair = kept[end].cut(size // rest if end == 0 else rest) if rest > 1 and size % rest == 0 else None
+            if pair is None or names:
+                return None
+            at = end % len(kept)
+            kept[at : at + 1] = pair
+            taken.append(kept.pop(end))
+            rest = 1
     atoms[:] = kept
     return taken
 
 
-def _same(size: int | ir.SymbolicDim, dim: _Dim) -> bool:
-    return isinstance(dim, ir.SymbolicDim) and not isinstance(size, int) and graph.same_size(size, dim)
+def _same(atom: Atom, dim: ir.SymbolicDim | Atom) -> bool:
+    return not isinstance(dim, Atom) and atom.goes_by(dim)

@@ -125,6 +125,11 @@ def same_size(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
     return one == other and (isinstance(one, int) or one.value is not None)
 
 
+def is_named(dim: int | ir.SymbolicDim) -> bool:
+    """Whether a dimension is a number, or has a name that no inference made up."""
+    return isinstance(dim, int) or (dim.value is not None and not str(dim.value).startswith(UNKNOWN))
+
+
 def element_count(value: ir.Value | None) -> int | None:
     """Number of elements in a run, or None when unknown."""
     shape = run_shape(value)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qgraph import graph, sizes
 
-__all__ = ["FRONT", "TURNED", "Heads", "ended", "factor", "is_default", "split"]
+__all__ = ["FRONT", "TURNED", "Heads", "alone", "ended", "factor", "is_default", "split"]
 
 FRONT, TURNED = (0, 2, 1, 3), (0, 2, 3, 1)
 """Orders of axes that bring the heads to the front; turned: with the channels of a head in rows."""
@@ -19,11 +19,16 @@ _FAR = 6
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """`source` [batch, positions, heads x channels], how many heads, of what size, and what they are multiplied by."""
+    """`source` [batch, positions, heads x channels], how many heads, of what size, and what they are multiplied by.
+
+    Attributes:
+        batch: what its size is called, before and behind the Reshape.
+    """
 
     source: ir.Value
     count: int
     size: int
+    batch: tuple[int | ir.SymbolicDim, ...]
     scale: float
 
 
@@ -53,8 +58,8 @@ def split(value: ir.Value | None, order: tuple[int, ...]) -> Heads | None:
     return None if parts is None else Heads(source, *parts, scale)
 
 
-def _parts(node: ir.Node, source: ir.Value) -> tuple[int, int] | None:
-    """Heads, and channels of each, that a Reshape makes of the last of three axes, when it leaves the others."""
+def _parts(node: ir.Node, source: ir.Value) -> tuple[int, int, tuple[int | ir.SymbolicDim, ...]] | None:
+    """Heads, channels of each, and the batch, where a Reshape takes the last of three axes apart and leaves others."""
     before, after = source.shape, node.outputs[0].shape
     if before is None or len(before) != 3 or after is None or len(after) != 4:
         return None
@@ -64,7 +69,8 @@ def _parts(node: ir.Node, source: ir.Value) -> tuple[int, int] | None:
     if not (isinstance(heads, int) and isinstance(size, int)) or heads * size != width:
         return None
     # Of the two other axes, one that stays keeps the other.
-    return (heads, size) if any(_stays(node, before, after, axis) for axis in (0, 1)) else None
+    stays = any(_stays(node, before, after, axis) for axis in (0, 1))
+    return (heads, size, (before[0], after[0])) if stays else None
 
 
 def _stays(node: ir.Node, before: ir.Shape, after: ir.Shape, axis: int) -> bool:
@@ -83,17 +89,17 @@ def factor(node: ir.Node) -> tuple[ir.Value, float] | None:
     """The side of Mul or Div that is not one number, and what that side is multiplied by."""
     left, right = node.inputs
     number = graph.constant_scalar(right)
-    if number is not None and left is not None and _alone(right):
+    if number is not None and left is not None and alone(right):
         if node.op_type == "Mul":
             return left, number
         return (left, 1 / number) if number else None
     number = graph.constant_scalar(left)
-    if number is not None and right is not None and node.op_type == "Mul" and _alone(left):
+    if number is not None and right is not None and node.op_type == "Mul" and alone(left):
         return right, number
     return None
 
 
-def _alone(number: ir.Value | None) -> bool:
+def alone(number: ir.Value | None) -> bool:
     """Whether multiplying by this constant of one element adds no axes."""
     return number is not None and len(graph.run_shape(number) or ()) <= 1
 
@@ -109,13 +115,7 @@ def ended(product: ir.Node, queries: Heads, size: int) -> tuple[ir.Node | None, 
         test = graph.producer(where.inputs[0], "IsNaN") if where is not None else None
         guards = test is not None and test.inputs[0] is result and len(test.outputs[0].uses()) == 1
         number = graph.constant_scalar(where.inputs[1]) if where is not None else None
-        if (
-            where is None
-            or not guards
-            or where.inputs[2] is not result
-            or number is None
-            or not _alone(where.inputs[1])
-        ):
+        if where is None or not guards or where.inputs[2] is not result or number is None or not alone(where.inputs[1]):
             return None
         guard, result = where, where.outputs[0]
     chain = [product.outputs[0], result]

@@ -81,7 +81,7 @@ def _between_reshapes(first: ir.Node) -> Rows | None:
         return None
     # As many rows as before: if one of both sizes is the same, the other is.
     told = sizes.elements(last.inputs[1])
-    if not any(map(graph.same_size, x.shape[:2], after[:2])) or told is None or None in told or 0 in told:
+    if not any(map(graph.same_size, x.shape[:2], after[:2])) or told is None or 0 in told:
         return None
     return Rows((first, gemm, last), (0,), last.inputs[1])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TypeAlias
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph import graph
 
-__all__ = ["MOVES", "Size", "elements", "natural"]
+__all__ = ["MOVES", "Factors", "Size", "elements", "factors", "natural"]
 
 _ALONG = ("Concat", "Gather", "Slice")
 """They work along an axis, of which a vector has one."""
@@ -19,8 +20,10 @@ _DIMENSIONS = ("Shape", "Size")
 MOVES = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Concat")
 """Operators that move sizes about and make no others of them."""
 
-Size: TypeAlias = "int | tuple[ir.Value, int] | None"
-"""A number; a dimension of a value, counted from its first; or neither."""
+Size: TypeAlias = "int | tuple[ir.Value, int]"
+"""A number, or a dimension of a value, counted from its first."""
+Factors: TypeAlias = tuple[Size, ...]
+"""Numbers and dimensions to multiply; one number at most, and it comes first."""
 
 
 def natural(value: ir.Value | None) -> bool:
@@ -45,12 +48,20 @@ def natural(value: ir.Value | None) -> bool:
     return True
 
 
-def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
-    """Each number of a vector or scalar of sizes; None where not even their count is known."""
+def elements(value: ir.Value | None) -> list[Size] | None:
+    """Each number of a vector or scalar of sizes; None where not even their count is known, or one is a product."""
+    found = factors(value)
+    if found is None or any(len(one) > 1 for one in found):
+        return None
+    return [one[0] for one in found]
+
+
+def factors(value: ir.Value | None, depth: int = 8) -> list[Factors] | None:
+    """What each number of a vector or scalar of sizes is the product of; None where not even their count is known."""
     array = graph.constant(value)
     if array is not None:
-        return [int(n) for n in array.reshape(-1)] if array.dtype.kind == "i" and array.size <= _SMALL else None
-    node = graph.producer(value, "Shape", *MOVES)
+        return [(int(n),) for n in array.reshape(-1)] if array.dtype.kind == "i" and array.size <= _SMALL else None
+    node = graph.producer(value, "Shape", "Mul", *MOVES)
     if value is None or node is None or depth == 0:
         return None
     if node.op_type == "Shape":
@@ -59,18 +70,33 @@ def elements(value: ir.Value | None, depth: int = 8) -> list[Size] | None:
             return None
         rank = len(x.shape)
         start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
-        return list[Size]((x, i) for i in range(rank)[start:end])
+        return [((x, i),) for i in range(rank)[start:end]]
     if node.op_type == "Cast" and node.attributes.get_int("to", 0) not in _WIDE:
         return None
-    count = len(node.inputs) if node.op_type == "Concat" else 1
+    count = len(node.inputs) if node.op_type in ("Concat", "Mul") else 1
     if node.op_type in _ALONG and not all(_is_vector(source) for source in node.inputs[:count]):
         return None
+    parts = [factors(part, depth - 1) for part in node.inputs[:count]]
+    known = [part for part in parts if part is not None]
+    if len(known) < count:
+        return None
     if node.op_type == "Concat":
-        parts = [elements(part, depth - 1) for part in node.inputs]
-        return None if any(part is None for part in parts) else [one for part in parts for one in part or ()]
-    found = elements(node.inputs[0], depth - 1)
-    if found is None or node.op_type not in _ALONG:
-        return found
+        return [one for part in known for one in part]
+    if node.op_type == "Mul":
+        return [_times(*known[0], *known[1])] if all(len(part) == 1 for part in known) else None
+    return known[0] if node.op_type not in _ALONG else _picked(node, known[0])
+
+
+def _times(*all_factors: Factors) -> Factors:
+    """One product of all."""
+    numbers = [one for part in all_factors for one in part if isinstance(one, int)]
+    dims = [one for part in all_factors for one in part if not isinstance(one, int)]
+    number = prod(numbers)
+    return (number, *dims) if number != 1 or not dims else tuple(dims)
+
+
+def _picked(node: ir.Node, found: list[Factors]) -> list[Factors] | None:
+    """Those that a Gather or Slice takes."""
     numbers = [None if one is None else graph.constant(one) for one in node.inputs[1:]]
     if any(array is None for one, array in zip(node.inputs[1:], numbers, strict=True) if one is not None):
         return None

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx_ir.passes import common
 
 from qgraph import axes
 
@@ -125,10 +126,10 @@ def test_free_sizes(target, seen):
     """They are told by name, and one at most by all others; what only a run could tell is not seen."""
     x = ir.val("x", ir.DataType.FLOAT, ["L", "N", 12])
     dims = [int(dim) if dim.isdigit() else dim for dim in target.split(", ")]
-    shape = ir.Value(name="s", const_value=ir.tensor(np.zeros(len(dims), np.int64)))
+    shape = ir.val("s", ir.DataType.INT64, [len(dims)])
     node = ir.Node("", "Reshape", [x, shape])
     node.outputs[0].shape = ir.Shape(dims)
-    ir.Graph([x], node.outputs, nodes=[node], initializers=[shape])
+    ir.Graph([x, shape], node.outputs, nodes=[node])
     moved = axes.trace(node.outputs[0], 3)
     assert (moved is not None) == seen
     if moved is not None:
@@ -145,3 +146,39 @@ def test_sizes_that_say_nothing():
         given = [shape] if to else []
         ir.Graph([x, *([] if to else [shape])], node.outputs, nodes=[node], initializers=given)
         assert axes.trace(node.outputs[0], 3) is None
+
+
+@pytest.mark.parametrize(
+    "target, seen",
+    [
+        ("N * 3, any, 4", [2, 1, 1]),  # As a size times a number.
+        ("any, 3 * L, 4", [1, 2, 1]),
+        ("any, N * L, 4", None),  # No neighbours.
+        ("flat, 12", [3, 1]),  # As the size of something that was seen on the way.
+    ],
+)
+def test_sizes_that_are_computed(model_kit, target, seen):
+    """[N, L, 12] -> [N, 3, L, 4], and on."""
+    parts = {
+        "N * 3, any, 4": "c = Mul (n, three)  t = Concat <axis = 0> (c, any, four)",
+        "any, 3 * L, 4": "c = Mul (l, three)  t = Concat <axis = 0> (any, c, four)",
+        "any, N * L, 4": "c = Mul (l, n)  t = Concat <axis = 0> (any, c, four)",
+        "flat, 12": "b = Reshape (u, join)  d = Shape <end = 1> (b)  t = Concat <axis = 0> (d, any)",
+    }[target]
+    out = "A, B" if target == "flat, 12" else "A, B, C"
+    last = "b" if target == "flat, 12" else "u"
+    model = model_kit.text(
+        f"""g (float[N, L, 12] x) => (float[{out}] y) {{
+            n = Shape <start = 0, end = 1> (x)  l = Shape <start = 1, end = 2> (x)
+            v = Reshape (x, heads)  u = Transpose <perm = [0, 2, 1, 3]> (v)  {parts}  y = Reshape ({last}, t)
+        }}""",
+        heads=np.array([0, 0, 3, 4]),
+        join=np.array([-1, 4]),
+        three=np.array([3]),
+        four=np.array([4]),
+        any=np.array([-1]),
+    )
+    common.ShapeInferencePass()(model)
+    model.graph.outputs[0].shape = None
+    moved = axes.trace(model.graph.outputs[0], 3)
+    assert (None if moved is None else [len(axis) for axis in moved.after]) == seen

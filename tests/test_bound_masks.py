@@ -126,3 +126,26 @@ def test_but_for_the_lowest_number(model_kit):
     assert work(model).modified and not work.notes and not work.refused
     assert LOWEST < float(model.graph.initializers["low"].const_value.numpy()) < -1e38
     model_kit.same(before, model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Somebody asks for its shape, or whether it is 0: what Hugging Face's models do to join two masks.
+        """size = Shape (m)  far = ConstantOfShape <value = float[1] {-3.4028234663852886e38}> (size)
+            again = Shape (far)  zeros = ConstantOfShape <value = float[1] {0.0}> (again)
+            c = Where (m, zeros, far)  t = Add (s, c)  y = Softmax <axis = -1> (t)""",
+        """c = Where (m, nought, low)  hides = Cast <to = 9> (c)  d = Where (hides, low, c)
+            t = Add (s, d)  y = Softmax <axis = -1> (t)""",
+        # OPT's scores do not fall below where two masks meet.
+        "c = Where (m, nought, low)  a = Add (s, c)  t = Max (a, low)  y = Softmax <axis = -1> (t)",
+    ],
+)
+def test_whoever_asks_is_told_the_same(model_kit, text):
+    text = f"g (float[2, 4, 8] s, bool[2, 4, 8] m) => (float[2, 4, 8] y) {{ {text} }}"
+    model = model_kit.text(text, **({"low": LOWEST, "nought": np.float32(0)} if "low" in text else {}))
+    before = model.clone()
+    assert BoundMasks(x86_vnni())(model).modified
+    one = feeds(bool, model_kit) | {"m": np.arange(64).reshape(2, 4, 8) % 13 > 4}
+    one["m"][1, 2] = False
+    model_kit.same(before, model, [one])

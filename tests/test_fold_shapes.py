@@ -97,10 +97,13 @@ def test_torchs_choice_of_dimensions_is_none(model_kit, folded):
     assert model_kit.ops(after) == ["Unsqueeze", "Shape", "Shape", "Concat", "Expand"]
 
 
-def test_a_choice_that_is_one_stays(model_kit, folded):
+def test_where_the_choice_is_a_constant_it_is_made(model_kit, folded):
     more = {"sign": np.array(-1), "any": np.array([-1])}
     after = folded(model_kit.text(TORCH.format(first="any"), **EXPANDED, **more), sizes=((2, 3),))
-    assert "Where" in model_kit.ops(after)
+    assert not {"Where", "Equal"} & set(model_kit.ops(after))
+
+
+def test_a_choice_that_is_one_stays(model_kit, folded):
     text = TORCH.format(first="n")
     after = folded(model_kit.text(text, **EXPANDED, sign=np.array(-3)))
     assert "Where" in model_kit.ops(after)
@@ -162,3 +165,54 @@ def test_the_static_part_of_a_shape(model_kit, folded):
     )
     after = folded(model)
     assert not {"Shape", "Slice", "Gather", "Concat"} & set(model_kit.ops(after))
+
+
+def test_names_that_an_inference_does_not_find(model_kit, folded):
+    """A Reshape that leaves one name, a count up to a dimension, a broadcast that -1 leaves alone: all of the input."""
+    model = model_kit.text(
+        """g (float[N, S, 4] x) => (float[N, S, 4] y, float[N, S] z) {
+            s = Shape (x)  n0 = Gather (s, zero)  s0 = Gather (s, one)  n = Unsqueeze (n0, at)
+            count = Range (zero, s0, one)  f = Cast <to = 1> (count)
+            want = Concat <axis = 0> (n, any)  free = Equal (want, none)  size = Where (free, ones, want)
+            z = Expand (f, size)  column = Unsqueeze (z, last)
+            r = Reshape (x, target)  sum = Add (r, column)  y = Relu (sum)
+        }""",
+        **DIM,
+        any=np.array([-1]),
+        none=np.array([-1, -1]),
+        ones=np.array([1, 1]),
+        last=np.array([2]),
+        target=np.array([-1, 0, 4]),
+    )
+    after = folded(model)
+    named = {node.op_type: [str(dim) for dim in node.outputs[0].shape] for node in after.graph}
+    assert "Where" not in named and "Equal" not in named
+    assert named["Range"] == ["S"] and named["Add"] == ["N", "S", "4"]
+
+
+@pytest.mark.parametrize("start, step", [(1, 1), (0, 2)])
+def test_a_count_of_others_is_not_named(model_kit, folded, start, step):
+    model = model_kit.text(
+        """g (float[N, S, 4] x) => (int64[A] y) {
+            s = Shape (x)  s0 = Gather (s, one)  count = Range (start, s0, step)  y = Neg (count)
+        }""",
+        one=np.array(1),
+        start=np.array(start),
+        step=np.array(step),
+    )
+    [count] = [node for node in folded(model).graph if node.op_type == "Range"]
+    assert str(count.outputs[0].shape[0]) != "S"
+
+
+def test_a_choice_that_makes_more_numbers_stays(model_kit, folded):
+    """Where repeats a vector of one number as often as there are ones."""
+    model = model_kit.text(
+        """g (float[N, S, 4] x) => (float[A, B] y) {
+            s = Shape <start = 0, end = 1> (x)  free = Equal (s, none)  size = Where (free, ones, s)
+            y = Expand (number, size)
+        }""",
+        none=np.array([-1]),
+        ones=np.array([1, 1]),
+        number=np.array(1, np.float32),
+    )
+    folded(model)

@@ -120,6 +120,9 @@ def test_other_scores_stay(model_kit, scores):
 def test_weights_that_are_read_elsewhere_stay(model_kit):
     model = attention(model_kit, out="float[N, S, 12] y, float[N, 3, S, T] w")
     assert "Attention" not in model_kit.ops(fused(model))
+    work = FuseAttention(registry.target("x86-vnni"))
+    work(model)
+    assert "read elsewhere" in " ".join(work.refused.values())
 
 
 def test_values_as_keys_in_a_cache_stay_outputs(model_kit):
@@ -165,6 +168,29 @@ def test_rows_hidden_altogether_by_the_lowest_float(model_kit):
     after = fused(model)
     assert sorted(model_kit.ops(after)) == ["Attention", "Where"]
     model_kit.same(model, after, given)
+
+
+def test_scores_that_are_kept_from_below_where_two_masks_meet(model_kit):
+    """As OPT does: without it, keys that both masks hide would be other than those that one hides."""
+    scores = """p = MatMul (qt, kt)  m = Where (hidden, lowest, zero)  a = Add (p, m)
+        l = Where (later, lowest, zero)  b = Add (a, l)  s = Max (lowest, b)"""
+    more = ", bool[N, 1, S, T] hidden, bool[1, 1, S, T] later"
+    model = attention(model_kit, scores, more=more, lowest=np.finfo(np.float32).min)
+    given = feeds(model_kit)
+    given[0]["hidden"] = np.zeros((2, 1, 3, 5), bool)
+    given[0]["hidden"][0, 0, 1] = True
+    given[0]["later"] = np.triu(np.ones((1, 1, 3, 5), bool), 1)
+    after = fused(model)
+    assert model_kit.ops(after).count("Attention") == 1 and model_kit.ops(after).count("Max") == 1
+    model_kit.same(model, after, given)
+
+
+@pytest.mark.parametrize("size, fits", [("Min(32, S)", True), ("Min(1, S)", False), ("Min(32, T)", False)])
+def test_a_mask_that_is_cut_to_what_there_is(model_kit, size, fits):
+    """torch's exporter names so what is cut from a mask for so many positions; of more, the scores could not be."""
+    model = attention(model_kit, mask="1, 1, S, T")
+    model.graph.inputs[3].shape = ir.Shape([1, 1, size, "T"])
+    assert ("Attention" in model_kit.ops(fused(model))) == fits
 
 
 def test_two_masks_are_added_once(model_kit):

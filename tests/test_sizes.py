@@ -8,7 +8,7 @@ from onnx_ir.passes import common
 from qgraph.passes import Canonicalize, FoldShapes
 
 from qgraph.session import Session, SessionOptions
-from qgraph.sizes import elements, natural
+from qgraph.sizes import elements, factors, natural
 
 SHAPE = (2, 3, 5, 7)
 
@@ -98,3 +98,22 @@ def test_a_dimension_that_is_copied_needs_no_name(model_kit):
     assert "Shape" not in model_kit.ops(after)
     feeds = [{"x": model_kit.normal(n, m, 4), "more": model_kit.normal(1, m, 4, seed=2)} for n, m in ((1, 3), (3, 1))]
     model_kit.same(model, after, feeds)
+
+
+def test_products_of_sizes(model_kit):
+    """Numbers come together, and what is a product is no element."""
+    model = model_kit.text(
+        """g (float[A, B] x) => (int64[K] y) {
+            s = Shape (x)  a = Gather (s, zero)  b = Gather (s, one)  ab = Mul (a, b)  six = Mul (three, ab)
+            more = Mul (two, six)  p = Unsqueeze (more, front)  q = Unsqueeze (b, front)  y = Concat <axis = 0> (p, q)
+        }""",
+        zero=np.array(0),
+        one=np.array(1),
+        two=np.array(2),
+        three=np.array(3),
+        front=np.array([0]),
+    )
+    common.ShapeInferencePass()(model)
+    x, y = model.graph.inputs[0], model.graph.outputs[0]
+    assert factors(y) == [(6, (x, 0), (x, 1)), ((x, 1),)]
+    assert elements(y) is None

@@ -1,4 +1,4 @@
-"""Self-attention of torch's nn.MultiheadAttention, called with the batch first: as exporters write it, and plainly."""
+"""Self-attention with batch and heads in one axis on the way, as exporters write it, and plainly."""
 
 from __future__ import annotations
 
@@ -46,3 +46,39 @@ def flattened() -> Iterator[Case]:
                 f" {{y}} = Attention <q_num_heads = {heads}, kv_num_heads = {heads}> (_q, _k, _v)",
             }
             yield Case("nn.MultiheadAttention", f"{name} {list(x)}", forms, x, {}, weights)
+            yield Case("torch.bmm", f"{name} {list(x)}", *_stacked(x, heads, rng))
+
+
+def _stacked(
+    x: tuple[int, int, int], heads: int, rng: np.random.Generator
+) -> tuple[dict[str, str], tuple[int, int, int], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """BART's attention up to transformers 4.4x: products in three dimensions, the mask added in four."""
+    batch, tokens, width = x
+    head = width // heads
+    integers = {
+        "apart": [0, 0, heads, head],
+        "flat": [batch * heads, tokens, head],
+        "square": [batch, heads, tokens, tokens],
+        "rows": [batch * heads, tokens, tokens],
+        "back": [batch, heads, tokens, head],
+        "joined": [0, 0, width],
+    }
+    weights: dict[str, np.ndarray] = {key: np.array(n, np.int64) for key, n in integers.items()}
+    weights["root"] = np.array(head**-0.5, np.float32)
+    for name in "QKV":
+        weights[name] = rng.standard_normal((width, width)).astype(np.float32) / np.float32(width**0.5)
+    mask = np.where(rng.random((batch, 1, tokens, tokens)) < 0.2, np.float32(-1e9), np.float32(0))
+    projected = "_q0 = MatMul ({x}, Q) _k = MatMul ({x}, K) _v = MatMul ({x}, V)"
+    split = " ".join(
+        f"_{v}1 = Reshape (_{v}, apart) _{v}2 = Transpose <perm = [0, 2, 1, 3]> (_{v}1) _{v}3 = Reshape (_{v}2, flat)"
+        for v in "qkv"
+    )
+    forms = {
+        "torch.bmm": f"{projected} _q = Mul (_q0, root) {split} _k4 = Transpose <perm = [0, 2, 1]> (_k3)"
+        " _p = MatMul (_q3, _k4) _p1 = Reshape (_p, square) _a = Add (_p1, mask) _a1 = Reshape (_a, rows)"
+        " _w = Softmax <axis = -1> (_a1) _o = MatMul (_w, _v3) _o1 = Reshape (_o, back)"
+        " _o2 = Transpose <perm = [0, 2, 1, 3]> (_o1) {y} = Reshape (_o2, joined)",
+        "Attention (23)": f"{projected} {{y}} = Attention <q_num_heads = {heads}, kv_num_heads = {heads}>"
+        " (_q0, _k, _v, mask)",
+    }
+    return forms, x, {"mask": mask}, weights

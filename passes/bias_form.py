@@ -1,7 +1,8 @@
 """MatMul(x, W) + b -> the form in which the runtime keeps the integer kernel.
 
 Two-dimensional x: Gemm(x, W, b), whose bias the integer kernel adds in int32. More dimensions: the bias is shaped
-[1, 1, N]; with the plain [N] the runtime makes a float Gemm of both, which dequantizes the weights at every run.
+[1, 1, N]; with the plain [N] the runtime makes a float Gemm of both, which dequantizes the weights at every run. Axes
+that only the bias has come behind the sum.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import onnx_ir as ir
 from qgraph import graph
 
 __all__ = ["BiasForm"]
+
+_SINCE = 13
+"""Before this opset the axes of an Unsqueeze are an attribute."""
 
 
 class BiasForm(ir.passes.InPlacePass):
@@ -24,7 +28,7 @@ class BiasForm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         changed = False
-        rows: dict[ir.Value, ir.Value] = {}
+        rows: dict[tuple[ir.Value, bool], ir.Value] = {}
         names = graph.value_names(model.graph)
         for node in list(model.graph):
             if graph.is_standard(node, "Add"):
@@ -32,7 +36,7 @@ class BiasForm(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
 
-def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names: set[str]) -> bool:
+def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[tuple[ir.Value, bool], ir.Value], names: set[str]) -> bool:
     for position in (0, 1):
         product, bias = add.inputs[position], add.inputs[1 - position]
         matmul = graph.producer(product, "MatMul")
@@ -49,17 +53,37 @@ def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names
     if int(np.prod(bias_shape)) != shape[1] or len(product.consumers()) != 1 or product.is_graph_output():
         return False
     rank = len(x.shape)
-    if rank == 2 and len(bias_shape) == 1:
+    more = max(len(bias_shape) - rank, 0)
+    if rank < 2 or (rank > 2 and not more and len(bias_shape) > 1):
+        return False
+    if more and main.opset_imports.get("", 0) < _SINCE:
+        return False
+    wanted = (shape[1],) if rank == 2 else (1, 1, shape[1])
+    if bias_shape != wanted:
+        # A bias that is shared stays shared in its new form.
+        if (bias, rank == 2) not in rows:
+            row = ir.tensor(np.reshape(np.asarray(graph.constant(bias)), wanted))
+            rows[bias, rank == 2] = graph.add_initializer(main, row, graph.fresh_name(f"{bias.name}_row", names))
+        bias = rows[bias, rank == 2]
+    if more:
+        _unsqueeze(main, add, product, more, names)
+    add.replace_input_with(1 - position, bias)
+    if rank == 2:
         gemm = ir.Node("", "Gemm", [x, weight, bias], name=matmul.name, metadata_props=dict(matmul.metadata_props))
         graph.replace_node(main, add, gemm)
         graph.merge_origins(gemm, matmul)
         main.remove(matmul, safe=True)
-        return True
-    if rank >= 3 and len(bias_shape) == 1:
-        # A bias that is shared stays shared in its new form.
-        if bias not in rows:
-            row = ir.tensor(np.reshape(np.asarray(graph.constant(bias)), (1, 1, -1)))
-            rows[bias] = graph.add_initializer(main, row, graph.fresh_name(f"{bias.name}_row", names))
-        add.replace_input_with(1 - position, rows[bias])
-        return True
-    return False
+    return True
+
+
+def _unsqueeze(main: ir.Graph, add: ir.Node, product: ir.Value, count: int, names: set[str]) -> None:
+    """The axes that a bias brings along, behind the sum: the runtime's dynamic kernel would forget them."""
+    axes = graph.add_initializer(main, ir.tensor(np.arange(count)), graph.fresh_name(f"{product.name}_axes", names))
+    whole = add.outputs[0]
+    node = ir.Node("", "Unsqueeze", [whole, axes], name=graph.fresh_name(f"{add.name}_unsqueeze", names))
+    result = node.outputs[0]
+    result.name, result.type, result.shape = whole.name, whole.type, whole.shape
+    ir.convenience.replace_all_uses_with(whole, result, replace_graph_outputs=True)
+    node.replace_input_with(0, whole)
+    whole.name, whole.shape = graph.fresh_name(f"{result.name}_sum", names), product.shape
+    main.insert_after(add, node)

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qgraph import graph
+from qgraph.attention import LOW
 from qgraph.targets import Target
 
 __all__ = ["BoundMasks"]
@@ -22,8 +23,6 @@ __all__ = ["BoundMasks"]
 _LEAST = -1e4
 """Constants below are masks; exporters write -1e4, -1e9, -3.4e38 and minus infinity."""
 _LOWEST = np.finfo(np.float32).min
-_LOW = np.float32(-3e38)
-"""Beside it scores are nothing, too."""
 _MOVERS = (
     "Concat",
     "Expand",
@@ -64,7 +63,7 @@ class BoundMasks(ir.passes.InPlacePass):
         if self.mask is None and not self.attention:
             return ir.passes.PassResult(model, False)
         lowest = self.mask is None
-        ends: dict[ir.Value, bool] = {}
+        ends: dict[tuple[ir.Value, bool], bool] = {}
         changed = False
         for value in list(model.graph.initializers.values()):
             if value.dtype != ir.DataType.FLOAT or (lowest and not _ends_in_softmax(value, ends, _FAR, lowest)):
@@ -93,9 +92,7 @@ class BoundMasks(ir.passes.InPlacePass):
 
     def _bounded(self, tensor: ir.TensorProtocol) -> NDArray[np.float32]:
         array = np.asarray(tensor.numpy(), np.float32)
-        return (
-            np.where(array == _LOWEST, _LOW, array) if self.mask is None else np.maximum(array, np.float32(self.mask))
-        )
+        return np.where(array == _LOWEST, LOW, array) if self.mask is None else np.maximum(array, np.float32(self.mask))
 
     def _tell(self, name: str) -> None:
         if self.mask is None:
@@ -112,23 +109,36 @@ class BoundMasks(ir.passes.InPlacePass):
         return bool((array == _LOWEST).any()) if self.mask is None else float(np.min(array)) <= _LEAST
 
 
-def _ends_in_softmax(value: ir.Value, known: dict[ir.Value, bool], far: int, any_factor: bool) -> bool:
-    """Whether every way from `value` leads into a Softmax, and nothing on the way makes a number of it that counts."""
-    if value in known:
-        return known[value]
-    known[value] = False
+def _ends_in_softmax(
+    value: ir.Value, known: dict[tuple[ir.Value, bool], bool], far: int, any_factor: bool, summed: bool = False
+) -> bool:
+    """Whether every way from `value` leads into a Softmax, and nothing on the way makes a number of it that counts.
+
+    Args:
+        value: a constant that hides, or what was made of it.
+        known: what was found, by value and `summed`.
+        far: how many operators to follow.
+        any_factor: whether any factor will do.
+        summed: whether anything was added to it.
+    """
+    if (value, summed) in known:
+        return known[value, summed]
+    known[value, summed] = False
     if far == 0 or value.is_graph_output() or not value.consumers():
         return False
-    known[value] = all(
+    known[value, summed] = all(
         graph.is_standard(node, "Softmax", "Shape")
-        or _asks_whether(node)
+        or (_asks_whether(node) and not summed)
         or (
             (graph.is_standard(node, *_MOVERS, *_SUMS) or _switches(node, value, any_factor))
-            and all(_ends_in_softmax(one, known, far - 1, any_factor) for one in node.outputs)
+            and all(
+                _ends_in_softmax(one, known, far - 1, any_factor, summed or graph.is_standard(node, "Add"))
+                for one in node.outputs
+            )
         )
         for node in value.consumers()
     )
-    return known[value]
+    return known[value, summed]
 
 
 def _asks_whether(node: ir.Node) -> bool:

@@ -13,6 +13,7 @@ from onnxscript import optimizer, version_converter
 from qgraph.attention import likely
 from qgraph.errors import ModelError, first_line
 from qgraph.graph import all_graphs, fresh_name, is_standard
+from qgraph.inference import infer_shapes
 from qgraph.quiet import quiet
 
 __all__ = ["Canonicalize"]
@@ -78,7 +79,7 @@ class Canonicalize(ir.passes.InPlacePass):
         for value in omitted:
             # An output with a name is asked for, and computed.
             value.name = ""
-        _infer(model)
+        infer_shapes(model)
         return ir.passes.PassResult(model, True)
 
 
@@ -166,9 +167,3 @@ def _name_nodes(model: ir.Model) -> None:
             output = node.outputs[0].name if node.outputs else None
             node.name = fresh_name(f"{output or 'value'}_{node.op_type}", taken)
         seen.add(node.name)
-
-
-def _infer(model: ir.Model) -> None:
-    """Fill in missing types and shapes; those of the caller are never replaced by weaker ones."""
-    with quiet("onnx_ir"):
-        common.ShapeInferencePass(data_prop=True)(model)

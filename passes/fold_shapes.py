@@ -15,6 +15,7 @@ from onnxscript import optimizer
 
 from qgraph import graph
 from qgraph.heads import is_default
+from qgraph.inference import infer_shapes
 from qgraph.quiet import quiet
 from qgraph.sizes import elements, natural
 
@@ -143,7 +144,10 @@ def _settle(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
 
 
 def _missing_dimension(before: ir.Shape, after: ir.Shape) -> ir.Shape | None:
-    """The shape after a Reshape with its only unknown dimension, where all others leave a number or a name for it."""
+    """The shape after a Reshape with its only unknown dimension, where all others leave a number or a name for it.
+
+    As long as there are elements at all: of none, any other number would be as good.
+    """
     if any(not isinstance(dim, int) and dim.value is None for dim in before):
         return None
     unnamed = [i for i, dim in enumerate(after) if not isinstance(dim, int) and dim not in list(before)]
@@ -177,24 +181,33 @@ def _skip_choice(main: ir.Graph, node: ir.Node, names: set[str]) -> bool:
     number = graph.constant(other)
     if number is None or number.size == 0 or not np.all(number == -1):
         return False
-    if dims.shape is None or dims.shape != node.outputs[0].shape:
+    if dims.shape is None or not _alike(dims.shape, node.outputs[0].shape):
         return False
     if natural(dims):
         ir.convenience.replace_all_uses_with(node.outputs[0], dims)
         return True
+    return ones is not None and bool(np.all(ones == 1)) and _choose(main, node, dims, names)
+
+
+def _alike(one: ir.Shape, other: ir.Shape | None) -> bool:
+    return other is not None and len(one) == len(other) and all(map(graph.same_size, one, other))
+
+
+def _choose(main: ir.Graph, node: ir.Node, dims: ir.Value, names: set[str]) -> bool:
+    """A Concat in the place of Where(dims == -1, 1, dims), if `dims` is one of sizes and of constants."""
     joined = graph.producer(dims, "Concat")
-    parts = list(joined.inputs) if joined is not None else []
-    if ones is None or not np.all(ones == 1) or not all(graph.has_constant(one) or natural(one) for one in parts):
+    if joined is None or dims.shape is None or len(dims.shape) != 1:
         return False
     again: list[ir.Value | None] = []
-    for part in parts:
+    for part in joined.inputs:
         array = graph.constant(part)
-        if array is not None and np.any(array == -1):
-            name = graph.fresh_name(f"{dims.name}_ones", names)
-            part = graph.add_initializer(main, ir.tensor(np.where(array == -1, 1, array)), name)
+        if array is None and not natural(part):
+            return False
+        if array is not None and part is not None and np.any(array == -1):
+            constant = ir.tensor(np.where(array == -1, 1, array))
+            part = graph.add_initializer(main, constant, graph.fresh_name(f"{part.name}_positive", names))
         again.append(part)
-    made = ir.Node("", "Concat", again, [ir.AttrInt64("axis", 0)])
-    graph.replace_node(main, node, made)
+    graph.replace_node(main, node, ir.Node("", "Concat", again, [ir.AttrInt64("axis", 0)]))
     return True
 
 
@@ -225,5 +238,4 @@ def _infer(model: ir.Model) -> None:
             if value.shape is not None and any(str(dim).startswith(graph.UNKNOWN) for dim in value.shape):
                 dims = [None if str(dim).startswith(graph.UNKNOWN) else dim for dim in value.shape]
                 value.shape = ir.Shape(dims)
-    with quiet("onnx_ir"):
-        common.ShapeInferencePass(data_prop=True)(model)
+    infer_shapes(model)

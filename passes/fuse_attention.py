@@ -8,13 +8,16 @@ values (`BoundMasks` takes care of constants); here newer runtimes make both 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from qgraph import graph, sizes
-from qgraph.attention import Attention, between, find, within
+from qgraph.attention import LOW, Attention, between, find, within
 from qgraph.quiet import quiet
 from qgraph.targets import Target
 
@@ -134,6 +137,7 @@ class _Writer:
     def __init__(self, main: ir.Graph):
         self._main = main
         self._names = graph.value_names(main)
+        self._floors: dict[float, ir.Value] = {}
         self._masks: dict[tuple[object, ...], ir.Value] = {}  # By the masks that were added, or what was expanded.
 
     def replace(self, one: Attention) -> None:
@@ -180,19 +184,21 @@ class _Writer:
         """All masks in one; those that layers share are added once."""
         if len(key) == 2 and key not in self._masks:
             first, second = key
-            self._masks[key] = self._size(one, ir.Node("", "Add", [second, first]), f"{first.name}_sum")
-            self._masks[key].type = first.type
-            self._masks[key].shape = _broadcast(first.shape, second.shape)
+            shape = _broadcast(first.shape, second.shape)
+            self._masks[key] = self._added(one, ir.Node("", "Add", [second, first]), f"{first.name}_sum", shape)
         return self._masks.get(key, key[0])
 
     def _bounded(self, one: Attention, mask: ir.Value) -> ir.Value:
         """The mask, brought up to the floor: with what is below all scores the sum of both is the mask."""
         if one.floor is None:
             return mask
-        key = (mask, graph.constant_scalar(one.floor))
+        key = (mask, one.floor)
         if key not in self._masks:
-            self._masks[key] = self._size(one, ir.Node("", "Max", [mask, one.floor]), f"{mask.name}_bounded")
-            self._masks[key].type, self._masks[key].shape = mask.type, mask.shape
+            if self._floors.get(one.floor) is None:
+                array = np.array(max(one.floor, float(LOW)), np.float32)
+                self._floors[one.floor] = self._initializer("lowest_score", array)
+            node = ir.Node("", "Max", [mask, self._floors[one.floor]])
+            self._masks[key] = self._added(one, node, f"{mask.name}_bounded", mask.shape)
         return self._masks[key]
 
     def _full(self, one: Attention, mask: ir.Value) -> ir.Value:
@@ -228,16 +234,20 @@ class _Writer:
         parts = [self._constant("mask_ones", 1, 1)]
         for value in (one.queries, one.keys):
             node = ir.Node("", "Shape", [value], [ir.AttrInt64("start", 1), ir.AttrInt64("end", 2)])
-            parts.append(self._size(one, node, f"{value.name}_positions"))
-        return self._size(one, ir.Node("", "Concat", parts, [ir.AttrInt64("axis", 0)]), "mask_size")
+            parts.append(self._added(one, node, f"{value.name}_positions"))
+        return self._added(one, ir.Node("", "Concat", parts, [ir.AttrInt64("axis", 0)]), "mask_size")
 
     def _constant(self, base: str, *numbers: int) -> ir.Value:
-        return graph.add_initializer(
-            self._main, ir.tensor(np.array(numbers, np.int64)), graph.fresh_name(base, self._names)
-        )
+        return self._initializer(base, np.array(numbers, np.int64))
 
-    def _size(self, one: Attention, node: ir.Node, base: str) -> ir.Value:
-        node.name = graph.fresh_name(base, self._names)
-        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.INT64)
+    def _initializer(self, base: str, array: NDArray[Any]) -> ir.Value:
+        return graph.add_initializer(self._main, ir.tensor(array), graph.fresh_name(base, self._names))
+
+    def _added(self, one: Attention, node: ir.Node, base: str, shape: ir.Shape | None = None) -> ir.Value:
+        """What a new node makes, of the type of what it reads, or sizes."""
+        made, first = node.outputs[0], node.inputs[0]
+        node.name = made.name = graph.fresh_name(base, self._names)
+        of_sizes = ir.TensorType(ir.DataType.INT64) if node.op_type in ("Shape", "Concat") else None
+        made.type, made.shape = of_sizes or (first.type if first is not None else None), shape
         self._main.insert_before(one.joined, node)
-        return node.outputs[0]
+        return made

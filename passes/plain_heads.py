@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qgraph import graph, sizes
-from qgraph.attention import between, within
+from qgraph.attention import between, upwards, within
 from qgraph.head_reads import HeadRead, read, unscaled
 from qgraph.head_writer import HeadWriter
 from qgraph.heads import FRONT, TURNED, is_default
@@ -23,8 +23,6 @@ _BACK = (2, 0, 1, 3)
 """How heads go back where positions come first."""
 _SINCE = 13
 """Before this opset the sizes of a Split are an attribute."""
-_FAR = 8
-"""Values between Softmax and the first product, at most."""
 
 
 class PlainHeads(ir.passes.InPlacePass):
@@ -52,18 +50,14 @@ class PlainHeads(ir.passes.InPlacePass):
 
 def _products(softmax: ir.Node) -> tuple[ir.Node, ir.Node, list[ir.Value]] | None:
     """The products before and behind, and the masks between the first and Softmax."""
-    last = graph.only_reader(softmax.outputs[0], "MatMul")
-    pending: list[tuple[ir.Value | None, list[ir.Value]]] = [(softmax.inputs[0], [])]
-    for _ in range(_FAR):
-        value, masks = pending.pop(0) if pending else (None, [])
-        value, _ = unscaled(value)
-        first = graph.producer(value, "MatMul")
-        if first is not None:
-            return None if last is None or last is first else (first, last, masks)
-        add = graph.producer(value, "Add", "Sum")
-        given = [one for one in (add.inputs if add is not None else ()) if one is not None]
-        pending.extend((one, [*masks, *(other for other in given if other is not one)]) for one in given)
-    return None
+    last, found = graph.only_reader(softmax.outputs[0], "MatMul"), upwards(softmax.inputs[0])
+    if last is None or found is None:
+        return None
+    first, steps = found
+    if last is first or any(step.node.op_type == "Reshape" for step in steps):
+        return None
+    masks = [step.node.inputs[1 - step.side] for step in steps if step.node.op_type not in ("Mul", "Div")]
+    return first, last, [one for one in masks if one is not None]
 
 
 def _guarded(result: ir.Value) -> ir.Value:

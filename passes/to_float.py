@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qgraph import graph, halves, instead
+from qgraph.inference import infer_shapes
 from qgraph.targets import Target
 from qgraph.widened import HALVES, widened
 
@@ -76,7 +77,7 @@ class ToFloat(ir.passes.InPlacePass):
         nodes = [node for one in graph.all_graphs(model.graph) for node in one]
         opset = model.graph.opset_imports.get("", 0)
         if any(value.type is None for node in nodes for value in node.outputs if value.name):
-            common.ShapeInferencePass()(model)
+            infer_shapes(model)
             halves.inferred(nodes, opset)
         _mend(nodes)
         if (reason := _obstacle(model, nodes)) is not None:

@@ -16,7 +16,10 @@ import onnx_ir as ir
 from qgraph import graph
 from qgraph.heads import FRONT, TURNED, Heads, alone, ended, factor, split
 
-__all__ = ["Attention", "between", "find", "likely", "within"]
+__all__ = ["LOW", "Attention", "Step", "between", "find", "likely", "upwards", "within"]
+
+LOW = np.float32(-3e38)
+"""Beside it scores are nothing, and yet the operator does not take it for what hides a row altogether."""
 
 _Dim = int | ir.SymbolicDim
 
@@ -25,6 +28,7 @@ _MASKS = 2
 _CUT = re.compile(r"Min\((?:[2-9]|\d\d+), (.+)\)")
 _BEYOND = -1e30
 """Whatever is added to numbers below this, it leaves them in float32 as they are, as long as it is a score."""
+_FAR = 12
 _DEPTH = 8
 """Operators between Softmax and the products around it, at most."""
 
@@ -37,7 +41,7 @@ class Attention:
         queries, keys, values: [batch, positions, heads x channels of a head].
         one_batch: whether these three are seen to be of one batch.
         masks: what is added to the scores, last first, of shapes that broadcast to [batch, heads, queries, keys].
-        floor: a constant of one number, below all scores, that scores are brought up to behind the masks, or None.
+        floor: a number below all scores that scores are brought up to behind the masks, or None.
         heads: how many, the same number for queries, keys and values.
         scale: what the scores are multiplied by, positive.
         product: the last product.
@@ -51,13 +55,21 @@ class Attention:
     values: ir.Value
     one_batch: bool
     masks: tuple[ir.Value, ...]
-    floor: ir.Value | None
+    floor: float | None
     heads: int
     scale: float
     product: ir.Node
     guard: ir.Node | None
     joined: ir.Node
     nodes: tuple[ir.Node, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An operator between the first product and Softmax, and the side on which the scores come in."""
+
+    node: ir.Node
+    side: int
 
 
 def likely(main: ir.Graph) -> bool:
@@ -107,10 +119,30 @@ def find(softmax: ir.Node) -> Attention | None:
         fits = queries.count == keys.count == values.count and np.float32(scale) > 0 and np.isfinite(np.float32(scale))
         if end is not None and fits:
             sources = (queries.source, keys.source, values.source)
-            floor = None if bounding is None else next(one for one in bounding.inputs if one is not scores)
+            floors = [graph.constant_scalar(one) for one in (bounding.inputs if bounding is not None else ())]
+            floor = next((one for one in floors if one is not None), None)
             nodes = (product, softmax, *([] if bounding is None else [bounding]), *adds, *inner)
             alike = _alike(queries, keys) and _alike(keys, values)
             return Attention(*sources, alike, masks, floor, values.count, scale, product, *end, nodes)
+    return None
+
+
+def upwards(scores: ir.Value | None) -> tuple[ir.Node, list[Step]] | None:
+    """The product that makes scores, and what is between, first to last; nothing else reads what any of them makes."""
+    pending: list[tuple[ir.Value | None, list[Step]]] = [(scores, [])]
+    while pending:
+        value, steps = pending.pop(0)
+        node = graph.producer(value, "MatMul", "Reshape", "Add", "Sum", "Max", "Mul", "Div")
+        if value is None or node is None or len(steps) == _FAR or graph.only_reader(value) is None:
+            continue
+        if node.op_type == "MatMul":
+            return node, steps
+        if node.op_type in ("Mul", "Div"):
+            found = factor(node)
+            sides = [] if found is None else [k for k, one in enumerate(node.inputs) if one is found[0]]
+        else:
+            sides = [0] if node.op_type == "Reshape" else list(range(len(node.inputs))) if len(node.inputs) == 2 else []
+        pending.extend((node.inputs[side], [Step(node, side), *steps]) for side in sides)
     return None
 
 
@@ -186,9 +218,12 @@ def _broadcasts(mask: ir.Value) -> bool:
 
 
 def within(mask: ir.Value, whole: tuple[_Dim, ...]) -> bool:
-    """Whether adding a mask is seen not to repeat scores of these sizes: [batch, heads, queries, keys]."""
+    """Whether adding a mask is seen not to repeat scores of these sizes: [batch, heads, queries, keys].
+
+    Of keys nothing need be seen: weights for more of them than there are values could not be multiplied.
+    """
     dims = [] if mask.shape is None else list(mask.shape.dims)
-    return all(_fits(dim, size) for dim, size in zip(dims[::-1], whole[::-1], strict=False))
+    return all(_fits(dim, size) for dim, size in zip(dims[-2::-1], whole[-2::-1], strict=False))
 
 
 def _fits(dim: _Dim, size: _Dim) -> bool:

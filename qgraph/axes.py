@@ -13,6 +13,7 @@ from typing import TypeAlias
 import onnx_ir as ir
 
 from qgraph import graph, sizes
+from qgraph.heads import is_default
 
 __all__ = ["Atom", "Axes", "Moved", "moved_on", "trace"]
 
@@ -77,6 +78,8 @@ def trace(value: ir.Value | None, rank: int) -> Moved | None:
     """How `value` was made of the furthest tensor of this rank that is only moved on the way; None where none is."""
     steps: list[ir.Node] = []
     while (node := graph.producer(value, *_MOVES)) is not None and len(steps) < _FAR:
+        if any(is_default(given) for given in node.inputs[1:]):
+            break
         steps.append(node)
         value = node.inputs[0]
     for count in range(len(steps), 0, -1):
@@ -94,7 +97,7 @@ def trace(value: ir.Value | None, rank: int) -> Moved | None:
 
 def moved_on(node: ir.Node, axes: Axes) -> Axes | None:
     """The axes behind a node that only moves what has these; None where that is not seen."""
-    if not graph.is_standard(node, *_MOVES):
+    if not graph.is_standard(node, *_MOVES) or any(is_default(given) for given in node.inputs[1:]):
         return None
     made = _through(node, axes, {})
     return None if made is None else _settled(made)
@@ -119,7 +122,12 @@ def _through(node: ir.Node, axes: Axes, seen: dict[ir.Value, Axes]) -> Axes | No
     """The axes behind one node, which may know their lengths by more names."""
     made, shape = _moved(node, _settled(axes), seen), node.outputs[0].shape
     for axis, dim in zip(made or [], shape or [], strict=False):
-        if len(axis) == 1 and not isinstance(dim, int) and not axis[0].goes_by(dim):
+        if (
+            len(axis) == 1
+            and not isinstance(axis[0].size, int)
+            and not isinstance(dim, int)
+            and not axis[0].goes_by(dim)
+        ):
             axis[0].names.append(dim)
     return made
 
@@ -205,7 +213,7 @@ def _regroup(atoms: list[Atom], dims: list[_Dim | None]) -> Axes | None:
 
 
 def _take(atoms: list[Atom], dim: _Dim | None, end: int) -> list[Atom] | None:
-    """The atoms that make up `dim`, taken from this end of the list; None, with the list as it was, if none do."""
+    """The atoms that make up `dim`, taken from this end of the list; None if none do, though one may be cut."""
     if dim is None:
         return None
     lengths = [one.size if isinstance(one, Atom) and isinstance(one.size, int) else one for one in dim]

@@ -11,24 +11,16 @@ import dataclasses
 import onnx_ir as ir
 
 from qgraph import graph
-from qgraph.attention import within
+from qgraph.attention import Step, upwards, within
 from qgraph.axes import Atom, Axes, moved_on, trace
 from qgraph.head_reads import HeadRead, read, unscaled
-from qgraph.heads import FRONT, TURNED, factor, is_default
+from qgraph.heads import FRONT, TURNED
 
-__all__ = ["FlatAttention", "Mask", "Step", "find"]
+__all__ = ["FlatAttention", "Mask", "find"]
 
 _Dim = int | ir.SymbolicDim
 _FAR = 12
-"""Operators between Softmax and the first product, at most, and behind the last one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """An operator between the first product and Softmax, and the side on which the scores come in."""
-
-    node: ir.Node
-    side: int
+"""Operators behind the last product, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +60,7 @@ def find(softmax: ir.Node) -> FlatAttention | None:
     last = graph.only_reader(weights, "MatMul")
     if last is None or last.inputs[0] is not weights or _rank(weights) != 3 or not graph.is_float(weights):
         return None
-    found = _upwards(softmax.inputs[0])
+    found = upwards(softmax.inputs[0])
     if found is None:
         return None
     first, steps = found
@@ -80,6 +72,8 @@ def find(softmax: ir.Node) -> FlatAttention | None:
         return None
     if not queries.heads == keys.heads == values.heads > 1 or queries.size != keys.size:
         return None
+    if int in map(type, (keys.positions, values.positions)) and keys.positions != values.positions:
+        return None  # One key, say, whose scores a mask repeats.
     masked = _masked(first, steps, queries, keys)
     if masked is None:
         return None
@@ -89,25 +83,6 @@ def find(softmax: ir.Node) -> FlatAttention | None:
 
 def _rank(value: ir.Value | None) -> int | None:
     return len(value.shape) if value is not None and value.shape is not None else None
-
-
-def _upwards(scores: ir.Value | None) -> tuple[ir.Node, list[Step]] | None:
-    """The product that makes scores, and what is between, first to last; nothing else reads what any of them makes."""
-    pending: list[tuple[ir.Value | None, list[Step]]] = [(scores, [])]
-    while pending:
-        value, steps = pending.pop(0)
-        node = graph.producer(value, "MatMul", "Reshape", "Add", "Sum", "Max", "Mul", "Div")
-        if value is None or node is None or len(steps) == _FAR or graph.only_reader(value) is None:
-            continue
-        if node.op_type == "MatMul":
-            return node, steps
-        if node.op_type in ("Mul", "Div"):
-            found = factor(node)
-            sides = [] if found is None else [k for k, one in enumerate(node.inputs) if one is found[0]]
-        else:
-            sides = [0] if node.op_type == "Reshape" else list(range(len(node.inputs))) if len(node.inputs) == 2 else []
-        pending.extend((node.inputs[side], [Step(node, side), *steps]) for side in sides)
-    return None
 
 
 def _masked(
@@ -122,7 +97,7 @@ def _masked(
     shape = first.outputs[0].shape
     for step in steps:
         if step.node.op_type == "Reshape":
-            made = None if is_default(step.node.inputs[1]) else moved_on(step.node, axes)
+            made = moved_on(step.node, axes)
             if made is None:
                 return None
             axes, shape = made, step.node.outputs[0].shape
@@ -178,7 +153,7 @@ def _end(last: ir.Node, queries: HeadRead, values: HeadRead) -> tuple[ir.Node, b
     value = last.outputs[0]
     for _ in range(_FAR):
         node = graph.only_reader(value, "Transpose", "Reshape", "Squeeze", "Unsqueeze")
-        if node is None or node.inputs[0] is not value or any(is_default(one) for one in node.inputs[1:]):
+        if node is None or node.inputs[0] is not value:
             return None
         made = moved_on(node, axes)
         if made is None:

@@ -25,7 +25,9 @@ __all__ = [
     "element_count",
     "fresh_name",
     "has_constant",
+    "insert_behind",
     "is_float",
+    "is_named",
     "is_standard",
     "label",
     "merge_origins",
@@ -35,6 +37,7 @@ __all__ = [
     "release",
     "replace_node",
     "run_shape",
+    "same_size",
     "value_names",
 ]
 

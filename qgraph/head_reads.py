@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qgraph import graph
 from qgraph.axes import Atom, Axes, Moved, trace
-from qgraph.heads import FRONT, factor, is_default
+from qgraph.heads import FRONT, factor
 
 __all__ = ["HeadRead", "read", "unscaled"]
 
@@ -74,8 +74,6 @@ def read(value: ir.Value | None, order: tuple[int, ...], flat: bool = False) -> 
     """
     moved = trace(value, 3)
     if value is None or moved is None or len(moved.after) != 4 - flat:
-        return None
-    if any(is_default(given) for node in moved.steps for given in node.inputs[1:]):
         return None
     columns = moved.before[2]
     for swapped, (batch, heads, positions, channels) in _groups(moved, order, flat):

@@ -149,3 +149,16 @@ def test_whoever_asks_is_told_the_same(model_kit, text):
     one = feeds(bool, model_kit) | {"m": np.arange(64).reshape(2, 4, 8) % 13 > 4}
     one["m"][1, 2] = False
     model_kit.same(before, model, [one])
+
+
+def test_what_is_0_after_a_sum_is_asked_for(model_kit):
+    """A little less than the lowest number would not be."""
+    model = model_kit.text(
+        """g (float[2, 4] s, bool[2, 4] m, float[2, 4] w) => (float[2, 4] y, bool[2, 4] hides) {
+            c = Where (m, low, nought)  d = Add (c, w)  hides = Cast <to = 9> (d)  t = Add (s, d)
+            y = Softmax <axis = -1> (t)
+        }""",
+        low=LOWEST,
+        nought=np.float32(0),
+    )
+    assert not BoundMasks(x86_vnni())(model).modified

@@ -97,6 +97,7 @@ FLOORS = [
         "axes",
         "heads",
         "head_reads",
+        "inference",
         "head_writer",
         "flat_attention",
         "rowwise",

@@ -216,3 +216,40 @@ def test_a_choice_that_makes_more_numbers_stays(model_kit, folded):
         number=np.array(1, np.float32),
     )
     folded(model)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "free = Equal (ids, none)  out = Where (free, one, ids)",
+        "s = Shape (x)  m = Max (s, one)  free = Equal (m, none)  out = Where (free, one, m)",
+        "c = Concat <axis = 1> (pair, pair)  free = Equal (c, none)  out = Where (free, one, c)",
+    ],
+)
+def test_a_choice_of_other_numbers_stays(model_kit, text):
+    """It is a choice of shapes only where it is one of sizes and of constants, in a row."""
+    model = model_kit.text(
+        f"g (float[N, S] x, int64[A, B] ids) => (int64[{'C' if 'Shape' in text else 'C, D'}] out) {{ {text} }}",
+        none=np.array([-1]),
+        one=np.array([1]),
+        **({"pair": np.array([[2, -1]])} if "pair" in text else {}),
+    )
+    after = model.clone()
+    Canonicalize(21)(after)
+    FoldShapes()(after)
+    given = {"x": model_kit.normal(2, 3), "ids": np.array([[4, -1, 2]])}
+    model_kit.same(model, after, [given])
+
+
+def test_a_target_that_a_caller_may_override_is_no_shape(model_kit):
+    """Inference knows the default only."""
+    model = model_kit.text(
+        "g (float[2, 6] x, int64[2] target) => (float[A, B] y) { r = Reshape (x, target)  y = Softmax (r) }",
+        target=np.array([3, 4]),
+    )
+    after = model.clone()
+    Canonicalize(21)(after)
+    FoldShapes()(after)
+    reshape = next(node for node in after.graph if node.op_type == "Reshape")
+    assert reshape.inputs[1].is_initializer() and reshape.outputs[0].shape[0] != 3
+    model_kit.same(model, after, [{"x": model_kit.normal(2, 6), "target": np.array([4, 3])}])

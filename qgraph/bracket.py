@@ -29,6 +29,7 @@ class Bracket:
         # What is within leaves something for assignments that were left out of the first one.
         self._aim = noise / max(strain, _LITTLE if strain <= 1.0 else 1.0) * _MARGIN
         self._tried = {key}
+        self._failed = 0  # One after the other.
 
     def price(self, noise_at: Callable[[float], float]) -> float | None:
         """The next to try, whose best assignment has about the noise that the budget allows; None when none is."""
@@ -43,12 +44,13 @@ class Bracket:
     def tried(self, price: float, noise: float, strain: float, key: str) -> None:
         """At `price` an assignment has that noise, and was measured to take that share of the budget."""
         if strain <= 1.0:
-            self._holds = price
+            self._holds, self._failed = price, 0
             # Look for one that loses a little more.
             self._aim = noise / max(strain, 0.05) * _MARGIN
         else:
-            self._fails = price
-            self._aim = noise / min(max(strain, 1.05), 1e6) * _MARGIN
+            self._fails, self._failed = price, self._failed + 1
+            # Where the loss does not fall as the noise does, ever larger steps get within the budget in time.
+            self._aim = noise / min(max(strain, 1.05), 1e6) * _MARGIN**2 ** (self._failed - 1)
         if key in self._tried:
             self._aim = math.inf
         self._tried.add(key)

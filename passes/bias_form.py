@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qgraph import graph
+from qgraph import graph, weights
 
 __all__ = ["BiasForm"]
 
@@ -28,7 +28,7 @@ class BiasForm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Apply in place."""
         changed = False
-        rows: dict[tuple[ir.Value, bool], ir.Value] = {}
+        rows: dict[ir.Value, ir.Value] = {}
         names = graph.value_names(model.graph)
         for node in list(model.graph):
             if graph.is_standard(node, "Add"):
@@ -36,7 +36,7 @@ class BiasForm(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
 
-def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[tuple[ir.Value, bool], ir.Value], names: set[str]) -> bool:
+def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[ir.Value, ir.Value], names: set[str]) -> bool:
     for position in (0, 1):
         product, bias = add.inputs[position], add.inputs[1 - position]
         matmul = graph.producer(product, "MatMul")
@@ -58,13 +58,14 @@ def _rewrite(main: ir.Graph, add: ir.Node, rows: dict[tuple[ir.Value, bool], ir.
         return False
     if more and main.opset_imports.get("", 0) < _SINCE:
         return False
-    wanted = (shape[1],) if rank == 2 else (1, 1, shape[1])
-    if bias_shape != wanted:
-        # A bias that is shared stays shared in its new form.
-        if (bias, rank == 2) not in rows:
-            row = ir.tensor(np.reshape(np.asarray(graph.constant(bias)), wanted))
-            rows[bias, rank == 2] = graph.add_initializer(main, row, graph.fresh_name(f"{bias.name}_row", names))
-        bias = rows[bias, rank == 2]
+    # A bias that is shared stays shared in its new form.
+    if rank == 2:
+        bias = weights.flat(main, bias, names)
+    elif bias_shape != (1, 1, shape[1]):
+        if bias not in rows:
+            row = ir.tensor(np.reshape(np.asarray(graph.constant(bias)), (1, 1, -1)))
+            rows[bias] = graph.add_initializer(main, row, graph.fresh_name(f"{bias.name}_row", names))
+        bias = rows[bias]
     if more:
         _unsqueeze(main, add, product, more, names)
     add.replace_input_with(1 - position, bias)

@@ -160,13 +160,10 @@ def _missing_dimension(before: ir.Shape, after: ir.Shape) -> ir.Shape | None:
     if kept == 0 or total % kept or min(left.values(), default=0) < 0:
         return None
     names = [*left.elements()]
-    if not names:
-        missing: int | ir.SymbolicDim = total // kept
-    elif len(names) == 1 and total == kept and not graph.is_named(after[unnamed[0]]):
-        missing = next(dim for dim in before if str(dim) == names[0])
-        if not graph.is_named(missing):
-            return None
-    else:
+    if names and (len(names) > 1 or total != kept or graph.is_named(after[unnamed[0]])):
+        return None
+    missing = next(dim for dim in before if str(dim) == names[0]) if names else total // kept
+    if not graph.is_named(missing):
         return None
     return ir.Shape([missing if i in unnamed else dim for i, dim in enumerate(after)])
 

@@ -137,7 +137,6 @@ class _Writer:
     def __init__(self, main: ir.Graph):
         self._main = main
         self._names = graph.value_names(main)
-        self._floors: dict[float, ir.Value] = {}
         self._masks: dict[tuple[object, ...], ir.Value] = {}  # By the masks that were added, or what was expanded.
 
     def replace(self, one: Attention) -> None:
@@ -194,10 +193,8 @@ class _Writer:
             return mask
         key = (mask, one.floor)
         if key not in self._masks:
-            if self._floors.get(one.floor) is None:
-                array = np.array(max(one.floor, float(LOW)), np.float32)
-                self._floors[one.floor] = self._initializer("lowest_score", array)
-            node = ir.Node("", "Max", [mask, self._floors[one.floor]])
+            floor = self._initializer("lowest_score", np.maximum(LOW, np.float32(one.floor)))
+            node = ir.Node("", "Max", [mask, floor])
             self._masks[key] = self._added(one, node, f"{mask.name}_bounded", mask.shape)
         return self._masks[key]
 

@@ -57,7 +57,6 @@ class _Lifter:
     """Writes attentions in four dimensions."""
 
     def __init__(self, main: ir.Graph):
-        self._main = main
         self._writer = HeadWriter(main)
 
     def lift(self, flat: FlatAttention) -> None:
@@ -77,15 +76,7 @@ class _Lifter:
         weights = self._again(flat.softmax, [value], scores, [ir.AttrInt64("axis", -1)])
         size: list[_Dim] = [batch, heads, rows, values.size]
         result = self._again(flat.last, [weights, self._writer.heads(values, batch)], size)
-        made = self._writer.rows(result, [batch, rows, heads, values.size])
-        if flat.swapped:
-            made = self._writer.swapped(made, [rows, batch, heads * values.size])
-        node = made.producer()
-        assert node is not None
-        if flat.whole:
-            graph.replace_node(self._main, flat.joined, node)
-        else:
-            flat.joined.replace_input_with(0, made)
+        self._writer.join(flat.joined, result, [batch, rows, heads, values.size], flat.swapped, flat.whole)
 
     def _side(self, product: ir.Node, side: int, read: HeadRead, batch: _Dim) -> ir.Value:
         """Queries or keys, multiplied as they were."""

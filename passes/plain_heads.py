@@ -41,7 +41,7 @@ class PlainHeads(ir.passes.InPlacePass):
         if self.target.attention is None or model.graph.opset_imports.get("", 0) < _SINCE:
             return ir.passes.PassResult(model, False)
         writer = HeadWriter(model.graph)
-        changed = [_plain(model.graph, node, writer) for node in list(model.graph) if between(node)]
+        changed = [_plain(node, writer) for node in list(model.graph) if between(node)]
         if any(changed):
             common.RemoveUnusedNodesPass()(model)
             common.TopologicalSortPass()(model)
@@ -82,7 +82,7 @@ def _fit(reads: list[HeadRead], masks: list[ir.Value]) -> bool:
     return all(mask.shape is not None and within(mask, whole) for mask in masks)
 
 
-def _plain(main: ir.Graph, softmax: ir.Node, writer: HeadWriter) -> bool:
+def _plain(softmax: ir.Node, writer: HeadWriter) -> bool:
     """Whether anything had to be written."""
     products = _products(softmax)
     if products is None:
@@ -108,7 +108,7 @@ def _plain(main: ir.Graph, softmax: ir.Node, writer: HeadWriter) -> bool:
         if not one.plain:
             one.value.replace_all_uses_with(writer.heads(one))
     if tuple(back.attributes.get_ints("perm", [])) == _BACK:
-        _join(main, back, found[0], found[2], writer)
+        _join(back, found[0], found[2], writer)
     return True
 
 
@@ -132,18 +132,12 @@ def _back(last: ir.Node, queries: HeadRead) -> ir.Node | None:
     return back if 0 not in target[2:] and (kept or 0 not in target) else None
 
 
-def _join(main: ir.Graph, back: ir.Node, queries: HeadRead, values: HeadRead, writer: HeadWriter) -> None:
+def _join(back: ir.Node, queries: HeadRead, values: HeadRead, writer: HeadWriter) -> None:
     """The heads joined as [batch, positions, ..], and only then positions first."""
     joined, result = back.outputs[0].consumers()[0], back.inputs[0]
     assert result is not None
     lead, width = [queries.batch, queries.positions], queries.heads * values.size
-    rows = writer.rows(result, [*lead, queries.heads, values.size])
-    swapped = writer.swapped(rows, [*lead[::-1], width])
     after = joined.outputs[0].shape
     whole = after is not None and len(after) == 3 and after[2] == width
-    if whole and after is not None and all(map(graph.same_size, after[:2], lead[::-1])):
-        node = swapped.producer()
-        assert node is not None
-        graph.replace_node(main, joined, node)
-    else:
-        joined.replace_input_with(0, swapped)
+    whole = whole and after is not None and all(map(graph.same_size, after[:2], lead[::-1]))
+    writer.join(joined, result, [*lead, queries.heads, values.size], True, whole)

@@ -72,7 +72,8 @@ def find(softmax: ir.Node) -> FlatAttention | None:
         return None
     if not queries.heads == keys.heads == values.heads > 1 or queries.size != keys.size:
         return None
-    if int in map(type, (keys.positions, values.positions)) and keys.positions != values.positions:
+    counts = (keys.positions, values.positions)
+    if any(isinstance(count, int) for count in counts) and counts[0] != counts[1]:
         return None  # One key, say, whose scores a mask repeats.
     masked = _masked(first, steps, queries, keys)
     if masked is None:

@@ -61,6 +61,26 @@ class HeadWriter:
         target = self.constant("rows_shape", 0, 0, heads * size)
         return self.node("Reshape", [front, target], [[*shape[:2], heads * size]])[0]
 
+    def join(self, joined: ir.Node, result: ir.Value, shape: list[_Dim], swapped: bool, whole: bool) -> None:
+        """Bring heads together where the Reshape `joined` did.
+
+        Args:
+            joined: it reads these numbers in this order, by whatever moves of axes.
+            result, shape: as in `rows`.
+            swapped: whether positions come first behind it.
+            whole: whether it makes three axes; else it stays, and makes what it did.
+        """
+        made = self.rows(result, shape)
+        if swapped:
+            assert made.shape is not None
+            made = self.swapped(made, [made.shape[1], made.shape[0], made.shape[2]])
+        node = made.producer()
+        assert node is not None
+        if whole:
+            graph.replace_node(self._main, joined, node)
+        else:
+            joined.replace_input_with(0, made)
+
     def constant(self, base: str, *numbers: int) -> ir.Value:
         """A vector of sizes, written once."""
         key = (base, *numbers)

@@ -83,15 +83,14 @@ def factors(value: ir.Value | None, depth: int = 8) -> list[Factors] | None:
     if node.op_type == "Concat":
         return [one for part in known for one in part]
     if node.op_type == "Mul":
-        return [_times(*known[0], *known[1])] if all(len(part) == 1 for part in known) else None
+        return [_times(*known[0][0], *known[1][0])] if all(len(part) == 1 for part in known) else None
     return known[0] if node.op_type not in _ALONG else _picked(node, known[0])
 
 
-def _times(*all_factors: Factors) -> Factors:
+def _times(*sizes: Size) -> Factors:
     """One product of all."""
-    numbers = [one for part in all_factors for one in part if isinstance(one, int)]
-    dims = [one for part in all_factors for one in part if not isinstance(one, int)]
-    number = prod(numbers)
+    dims = [one for one in sizes if not isinstance(one, int)]
+    number = prod(one for one in sizes if isinstance(one, int))
     return (number, *dims) if number != 1 or not dims else tuple(dims)
 
 
